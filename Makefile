@@ -1,0 +1,36 @@
+# Thin: each target is one command that also works without make.
+PY := .venv/bin/python
+OUTPUTS :=
+
+.PHONY: setup sync test tiny book check bench checkpoints gpu-jobs
+
+setup:        ## environment with the locked versions
+	python3 -m venv .venv && .venv/bin/pip install -q uv && .venv/bin/uv pip install -q -r requirements.lock -e .
+
+sync:         ## .ipynb from .py; OUTPUTS=executed.ipynb takes the outputs of tagged cells from there
+	$(PY) data_scripts/sync_notebooks.py $(if $(OUTPUTS),--outputs-from $(OUTPUTS))
+
+test:         ## unit tests
+	$(PY) -m pytest tests/unit
+
+tiny:         ## every chapter with its default profile
+	set -e; for chapter in notebooks/[0-9]*.py; do .venv/bin/robustvlm run $$(basename $$chapter .py); done
+
+# The cache of executed pages compares notebooks only, so it is thrown away when the package or the lock changed.
+book:         ## HTML in _build/html
+	@mkdir -p _build; find robustvlm_lite requirements.lock book/claims.yml -type f ! -name '*.pyc' | LC_ALL=C sort | xargs sha256sum > _build/now.sha256
+	@cmp -s _build/now.sha256 _build/built.sha256 || rm -rf _build/.jupyter_cache
+	.venv/bin/jupyter-book build . -W -n --keep-going
+	@mv _build/now.sha256 _build/built.sha256
+
+check:        ## what CI runs
+	$(PY) -m pytest
+
+bench:        ## our steps against the released order of operations
+	set -e; for script in benchmarks/[a-z]*.py; do $(PY) $$script; done
+
+checkpoints:  ## train the committed checkpoints again
+	$(PY) data_scripts/make_checkpoints.py
+
+gpu-jobs:     ## what still needs a GPU
+	$(PY) data_scripts/gpu_jobs.py

@@ -1,0 +1,17 @@
+"""Attacks in pixel space: own PGD over any objective, torchattacks behind one contract, a random-noise control."""
+
+from .objectives import Objective, cross_entropy, kl, margin, value_and_grad, zero_gradient_share
+from .pgd import pgd
+from .registry import Attack, get_attack
+
+__all__ = [
+    "Attack",
+    "Objective",
+    "cross_entropy",
+    "get_attack",
+    "kl",
+    "margin",
+    "pgd",
+    "value_and_grad",
+    "zero_gradient_share",
+]

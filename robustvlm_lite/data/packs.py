@@ -1,0 +1,106 @@
+"""Image packs: Parquet files in the Hugging Face image layout, with `classes.json` beside them.
+
+`small/...` packs lie under a `data_root` of the reader's; `photos/...` ship with the package.
+"""
+
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from ..runtime import UserError, asset, near_miss
+from .imageset import ImageSet
+
+PHOTO = ("a photo of a {}.", "a picture of a {}.", "this is a photo of a {}.", "a {}.")
+FLOWER = tuple(t[:-1] + ", a type of flower." for t in PHOTO[:3]) + PHOTO[3:]
+PET = tuple(t[:-1] + ", a type of pet." for t in PHOTO[:3]) + PHOTO[3:]
+PACS = ("a photo of a {}.", "an art painting of a {}.", "a cartoon of a {}.", "a sketch of a {}.")
+
+
+@dataclass(frozen=True)
+class Pack:
+    """One data set: its templates, the name of its held-out split, and what may be done with it."""
+
+    templates: tuple[str, ...]
+    licence: str
+    test_split: str = "test"
+
+
+RESEARCH = "research use; see the data page"
+PACKS = {
+    "small/tiny_imagenet": Pack(PHOTO, "ImageNet terms, non-commercial research", "validation"),
+    "small/cifar10": Pack(PHOTO, RESEARCH),
+    "small/cifar100": Pack(PHOTO, RESEARCH),
+    "small/stl10": Pack(PHOTO, RESEARCH),
+    "small/flowers102": Pack(FLOWER, RESEARCH),
+    "small/caltech101": Pack(PHOTO, "CC BY 4.0"),
+    "small/pacs": Pack(PACS, RESEARCH),
+    "small/oxford_pets_3class": Pack(PET, "CC BY-SA 4.0"),
+    "photos/caltech": Pack(PHOTO, "CC BY 4.0, bundled"),
+    "photos/web": Pack(PHOTO, "CC BY 2.0 each image, bundled"),
+}
+
+
+def decode(data: bytes, size: int, where: str) -> np.ndarray:
+    """RGB uint8 [size, size, 3]: the short side resized to `size`, the center cut out."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image = image.convert("RGB")
+    except (UnidentifiedImageError, OSError, ValueError) as error:
+        raise UserError(f"expected a readable image, got {len(data)} bytes at {where} ({error}); remove or replace it") from None
+    if min(image.size) != size:
+        scale = size / min(image.size)
+        image = image.resize([max(size, round(s * scale)) for s in image.size], Image.Resampling.BILINEAR)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def read_rows(folder: Path, split: str) -> tuple[list[bytes], list[str], torch.Tensor, tuple[str, ...], pa.Table]:
+    """(image bytes, image paths, labels [N], class names, table) of one split of a pack folder."""
+    files = sorted(folder.glob(f"{split}-*.parquet"))
+    if not files:
+        raise UserError(f"expected Parquet files {split}-*.parquet in {folder}, found none; check data_root and split")
+    try:
+        table = pa.concat_tables([pq.read_table(f) for f in files])
+        names = tuple(json.loads((folder / "classes.json").read_text())["names"])
+        rows = table["image"].to_pylist()
+        labels = torch.tensor(table["label"].to_pylist(), dtype=torch.int64)
+        data, paths = [r["bytes"] for r in rows], [r["path"] for r in rows]
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"expected Parquet with columns image {{bytes, path}} and label, and classes.json with names, in {folder}; "
+            f"got {type(error).__name__}: {reason}"
+        ) from None
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(names):
+        raise UserError(f"expected labels in 0..{len(names) - 1} in {folder}, got up to {int(labels.max())}")
+    return data, paths, labels, names, table
+
+
+def pack_folder(name: str, data_root: str) -> Path:
+    """Where the files of a named pack lie; a missing data root is an error that names the mend."""
+    if name not in PACKS:
+        raise UserError(f"unknown dataset {name!r}; {near_miss(name, PACKS)}")
+    group, short = name.split("/")
+    if group == "photos":
+        return asset("photos", short)
+    if not data_root:
+        raise UserError(f"dataset {name!r} is not bundled; pass data_root, the folder that holds {short}/")
+    folder = Path(data_root) / short
+    if not folder.is_dir():
+        raise UserError(f"expected the folder {folder} for dataset {name!r}, found none; check data_root")
+    return folder
+
+
+def read_pack(folder: Path, split: str, *, name: str, templates: tuple[str, ...], size: int) -> ImageSet:
+    """One split of a pack folder as an ImageSet of `size` pixels a side."""
+    data, paths, labels, names, _ = read_rows(folder, split)
+    images = np.stack([decode(d, size, f"{folder.name}/{p}") for d, p in zip(data, paths, strict=True)])
+    images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    return ImageSet(name, images, labels, names, templates, split, ids=tuple(paths))

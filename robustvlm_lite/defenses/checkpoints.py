@@ -1,0 +1,53 @@
+"""Fine-tuned image towers in small files: the change of each weight in 8 bits, as safetensors.
+
+Fine-tuning moves weights by little. Stored as int8 steps of one scale a row, the change of a tower takes a quarter of
+float32 and is more exact than the tower in half precision.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..clip import ZeroShotCLIP
+from ..runtime import UserError
+from .base import Defense
+
+
+def save_change(defense: Defense, original: ZeroShotCLIP, path: Path, **facts) -> None:
+    """Write the change from `original`'s image tower to the defense's; facts (JSON values) go into the header."""
+    before, after, tensors = original.visual.state_dict(), defense.clip.visual.state_dict(), {}
+    for key, value in after.items():
+        change = (value - before[key]).detach().float().cpu()
+        rows = change.reshape(len(change), -1) if change.ndim > 1 else change.reshape(1, -1)
+        scale = rows.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127
+        tensors[key] = (rows / scale).round().to(torch.int8).contiguous()
+        tensors[f"{key}.scale"] = scale[:, 0].contiguous()
+    header = {"base": original.name, "base_sha256": original.weights_sha256, "method": defense.name} | facts
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path, metadata={"facts": json.dumps(header)})
+
+
+def read_facts(path: Path) -> dict:
+    """The header of a checkpoint: base, method, configuration, training."""
+    try:
+        with safe_open(path, "pt") as f:
+            return json.loads((f.metadata() or {})["facts"])
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise UserError(f"expected a defense checkpoint at {path}, got a file that does not load ({error}); make it again") from None
+
+
+@torch.no_grad()
+def load_change(defense: Defense, path: Path) -> Defense:
+    """Apply a checkpoint to a defense that still holds its base weights. Raises UserError if the base differs."""
+    facts, clip = read_facts(path), defense.clip
+    if facts["base_sha256"] != clip.weights_sha256:
+        raise UserError(f"expected {path.name} on the weights it was trained from ({facts['base']}), got {clip.name} with others")
+    with safe_open(path, "pt") as f:
+        for key, value in clip.visual.state_dict().items():
+            change = f.get_tensor(key).float() * f.get_tensor(f"{key}.scale")[:, None]
+            value.add_(change.reshape(value.shape).to(value.device))
+    clip.requires_grad_(False)
+    return defense

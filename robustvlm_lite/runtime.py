@@ -1,0 +1,108 @@
+"""What every room needs first: errors that teach, seeded randomness, the device, profiles and the version stamp."""
+
+import hashlib
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import yaml
+
+PACKAGE = Path(__file__).resolve().parent
+PROFILES = ("tiny", "small", "paper")
+
+
+class UserError(ValueError):
+    """Bad input. Its text is one line: what was expected, what came, what to do."""
+
+
+def near_miss(name: str, known) -> str:
+    """`; did you mean 'x'?` for the closest of `known`, else the list of what is known."""
+    from difflib import get_close_matches
+
+    known = sorted(known)
+    close = get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+
+
+def generator(*key) -> torch.Generator:
+    """A CPU generator that depends on `key` alone, e.g. `generator(seed, "photos/caltech", "pgd", 17)`.
+
+    Randomness keyed by image instead of drawn from one stream makes results independent of batch size and order.
+    """
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def resolve_device(name: str = "") -> torch.device:
+    """Empty: cuda where there is one, else cpu. A device that is asked for and absent is an error, never a fallback."""
+    if not name:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"expected a torch device such as 'cpu' or 'cuda', got {name!r}; leave it empty to choose") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("device 'cuda' was asked for but torch sees none; leave the device empty or use 'cpu'")
+    return device
+
+
+def asset(*parts: str) -> Path:
+    """Path of a file that ships with the package."""
+    return PACKAGE.joinpath("assets", *parts)
+
+
+def sha256(path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def chapters() -> dict[str, dict]:
+    """The chapters of the book with their profiles, as `assets/profiles.yml` states them."""
+    return yaml.safe_load(asset("profiles.yml").read_text())
+
+
+def profile(chapter: str, name: str) -> SimpleNamespace:
+    """Models, datasets and sizes of one chapter under one profile (the only things that a profile chooses)."""
+    known = chapters()
+    if chapter not in known:
+        raise UserError(f"unknown chapter {chapter!r}; {near_miss(chapter, known)}")
+    if name not in known[chapter]["profiles"]:
+        raise UserError(f"unknown profile {name!r}; {near_miss(name, known[chapter]['profiles'])}")
+    return SimpleNamespace(**known[chapter]["profiles"][name])
+
+
+def versions() -> dict[str, str]:
+    """Versions of what can change a number."""
+    names = ("robustvlm_lite", "torch", "torchvision", "open_clip_torch", "torchattacks", "numpy", "pyarrow")
+    return {"python": platform.python_version()} | {n: metadata.version(n) for n in names}
+
+
+def git_commit() -> tuple[str, bool]:
+    """(commit, dirty) of the checkout that this package runs from; ("", False) for an installed copy."""
+
+    def git(*args):
+        return subprocess.run(["git", "-C", str(PACKAGE.parent), *args], capture_output=True, text=True, check=True).stdout
+
+    if not (PACKAGE.parent / ".git").exists():
+        return "", False
+    try:
+        return git("rev-parse", "HEAD").strip(), bool(git("status", "--porcelain", "--untracked-files=no").strip())
+    except (OSError, subprocess.CalledProcessError):  # no git, or a checkout without a commit
+        return "", False
+
+
+def code_sha256(chapter: str) -> str:
+    """Hash of the package's Python and of the chapter's source; a card made by other code is stale."""
+    sources = sorted(PACKAGE.rglob("*.py")) + [asset("profiles.yml"), PACKAGE.parent / "notebooks" / f"{chapter}.py"]
+    digest = hashlib.sha256()
+    for path in sources:
+        if path.exists():
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,69 @@
+"""The book, built once from nothing, served on this machine, and a browser to open it."""
+
+import functools
+import http.server
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+REQUIRED = os.environ.get("ROBUSTVLM_REQUIRE_BROWSER") == "1"
+INSTALL = "apt-get install -y chromium"
+CHROMIUM_FLAGS = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run "
+    "--disable-background-networking --disable-component-update --disable-sync"
+).split()
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory) -> Path:
+    """Folder of the HTML, built with warnings as errors. A fresh folder: an old `_build` can hide a warning."""
+    if not any((ROOT / "notebooks").glob("[0-9]*.py")):
+        pytest.skip("no chapter under notebooks/ yet")
+    out = tmp_path_factory.mktemp("book")
+    jupyter_book = Path(sys.executable).with_name("jupyter-book")
+    command = [jupyter_book, "build", ROOT, "--path-output", out, "-W", "-n", "--keep-going"]
+    build = subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
+    if build.returncode:
+        reports = [p.read_text() for p in out.rglob("reports/**/*.err.log")]
+        pytest.fail(
+            "\n".join(
+                [f"jupyter-book ended with {build.returncode}", build.stdout[-4000:], build.stderr[-4000:], *reports]
+            )
+        )
+    return out / "_build" / "html"
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        """Requests are checked in the browser; nothing to print."""
+
+
+@pytest.fixture(scope="session")
+def address(site):
+    """http://127.0.0.1:port of the built book."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=site))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="session")
+def browser(site):
+    """Debian's Chromium under Playwright. It comes after `site`, so that no browser idles while the book builds."""
+    chromium = shutil.which("chromium")
+    if not chromium:
+        message = f"no chromium on this machine; install it with: {INSTALL}"
+        pytest.fail(message) if REQUIRED else pytest.skip(message)
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_FLAGS)
+        yield browser
+        browser.close()

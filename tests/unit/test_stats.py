@@ -1,0 +1,95 @@
+import math
+
+import numpy as np
+import pytest
+from scipy import stats as scipy_stats
+
+from robustvlm_lite.runtime import UserError
+from robustvlm_lite.stats import bootstrap_mean, mcnemar, paired_bootstrap, seed_spread, wilson
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 10), (3, 10), (10, 10), (41, 100), (1, 5000)])
+@pytest.mark.parametrize("level", [0.9, 0.95])
+def test_wilson_is_scipys(successes, n, level):
+    expected = scipy_stats.binomtest(successes, n).proportion_ci(level, method="wilson")
+    assert wilson(successes, n, level) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_wilson_known_values():
+    # 0 of 10 at 95 %: hi = z^2 / (n + z^2) with z = 1.959964
+    assert wilson(0, 10) == pytest.approx((0.0, 3.841459 / 13.841459), abs=1e-6)
+    assert wilson(7, 7)[1] == 1.0
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 0), (-1, 5), (6, 5)])
+def test_wilson_refuses_impossible_counts(successes, n):
+    with pytest.raises(UserError, match="successes"):
+        wilson(successes, n)
+
+
+def test_bootstrap_agrees_with_the_normal_approximation():
+    values = np.random.default_rng(0).normal(3.0, 2.0, size=900)
+    half = 1.96 * values.std() / math.sqrt(len(values))
+    lo, hi = bootstrap_mean(values)
+    assert lo == pytest.approx(values.mean() - half, abs=0.1 * half)
+    assert hi == pytest.approx(values.mean() + half, abs=0.1 * half)
+
+
+def test_counting_levels_is_the_ordinary_bootstrap():
+    values = (np.arange(200) % 3 == 0).astype(float)
+    rng = np.random.default_rng(5)
+    plain = values[rng.integers(200, size=(4000, 200))].mean(axis=1)
+    assert bootstrap_mean(values) == pytest.approx(tuple(np.quantile(plain, [0.025, 0.975])), abs=0.008)
+
+
+def test_pairing_narrows_the_interval():
+    rng = np.random.default_rng(1)
+    b = rng.random(400) < 0.5
+    a = b.copy()
+    a[np.flatnonzero(~b)[:20]] = True  # a gets the same ones right and 20 more
+    diff, lo, hi = paired_bootstrap(a, b)
+    sd = math.sqrt(0.05 * 0.95 / 400)
+    assert diff == pytest.approx(0.05)
+    assert (lo, hi) == pytest.approx((0.05 - 1.96 * sd, 0.05 + 1.96 * sd), abs=0.004)
+    assert lo > 0
+    assert np.array([paired_bootstrap(b, a)]) == pytest.approx(np.array([[-diff, -hi, -lo]]), abs=0.003)
+
+
+def test_strata_weigh_equally():
+    # Group "x" of 10 gains 1.0, group "y" of 90 gains 0: the unweighted mean is 0.5, the pooled one would be 0.1.
+    a = np.r_[np.ones(10), np.zeros(90)]
+    diff, lo, hi = paired_bootstrap(a, np.zeros(100), strata=["x"] * 10 + ["y"] * 90)
+    assert (diff, lo, hi) == (0.5, 0.5, 0.5)
+
+
+def test_same_seed_same_interval():
+    a, b = np.arange(50) % 2, np.arange(50) % 5 == 0
+    first, again, other = (paired_bootstrap(a, b, seed=seed, n_resamples=199) for seed in (3, 3, 4))
+    assert first == again != other
+
+
+@pytest.mark.parametrize(("only_a", "only_b"), [(0, 0), (5, 0), (3, 9), (7, 7), (400, 460)])
+def test_mcnemar_is_the_binomial_test(only_a, only_b):
+    a = np.r_[np.ones(only_a), np.zeros(only_b), np.ones(30), np.zeros(4)]
+    b = np.r_[np.zeros(only_a), np.ones(only_b), np.ones(30), np.zeros(4)]
+    flips = only_a + only_b
+    expected = scipy_stats.binomtest(only_a, flips).pvalue if flips else 1.0
+    assert mcnemar(a, b) == pytest.approx(expected, rel=1e-9)
+
+
+def test_seed_spread():
+    assert seed_spread([1.0, 2.0, 3.0]) == (2.0, 1.0, 3)
+    mean, sd, n = seed_spread([0.4])
+    assert (mean, n) == (0.4, 1) and math.isnan(sd)
+
+
+@pytest.mark.parametrize("bad", [[], [0.1, math.nan], [[0.1, 0.2]]])
+def test_bad_values_are_refused(bad):
+    with pytest.raises(UserError, match="finite"):
+        bootstrap_mean(bad)
+
+
+def test_unequal_examples_are_refused():
+    for test in (paired_bootstrap, mcnemar):
+        with pytest.raises(UserError, match="3 and 4"):
+            test([0, 1, 1], [0, 1, 1, 0])
