@@ -16,9 +16,9 @@ test:         ## unit tests
 tiny:         ## every chapter with its default profile
 	set -e; for chapter in notebooks/[0-9]*.py; do .venv/bin/robustvlm run $$(basename $$chapter .py); done
 
-# The cache of executed pages compares notebooks only, so it is thrown away when the package or the lock changed.
+# The cache of executed pages compares notebooks only, so it is thrown away when package, cards, claims or lock changed.
 book:         ## HTML in _build/html
-	@mkdir -p _build; find robustvlm_lite requirements.lock book/claims.yml -type f ! -name '*.pyc' | LC_ALL=C sort | xargs sha256sum > _build/now.sha256
+	@mkdir -p _build; find robustvlm_lite book/cards book/claims.yml requirements.lock -type f ! -name '*.pyc' | LC_ALL=C sort | xargs sha256sum > _build/now.sha256
 	@cmp -s _build/now.sha256 _build/built.sha256 || rm -rf _build/.jupyter_cache
 	.venv/bin/jupyter-book build . -W -n --keep-going
 	@mv _build/now.sha256 _build/built.sha256
@@ -30,7 +30,7 @@ bench:        ## our steps against the released order of operations
 	set -e; for script in benchmarks/[a-z]*.py; do $(PY) $$script; done
 
 checkpoints:  ## train the committed checkpoints again
-	$(PY) data_scripts/make_checkpoints.py
+	$(PY) data_scripts/train_defenses.py
 
 gpu-jobs:     ## what still needs a GPU
 	$(PY) data_scripts/gpu_jobs.py

@@ -69,7 +69,9 @@ def learn(count: collections.Counter, n_merges: int) -> list[tuple[str, str]]:
                     i += 1
             pieces[w] = tuple(merged)
     single = sum(len(p) == 1 for p in pieces.values())
-    print(f"{len(merges)} merges: {single} of {len(pieces)} words are one token, the longest has {max(map(len, pieces.values()))}")
+    print(
+        f"{len(merges)} merges: {single} of {len(pieces)} words are one token, the longest has {max(map(len, pieces.values()))}"
+    )
     return merges
 
 
@@ -82,7 +84,9 @@ def main() -> None:
     text = "\n".join(["#robustvlm_lite: learned from the book's captions", *(" ".join(m) for m in merges)])
     asset("clip").mkdir(parents=True, exist_ok=True)
     packed = io.BytesIO()
-    with gzip.GzipFile(fileobj=packed, mode="wb", mtime=0) as f:  # no trailing newline: the reader would take it for a merge
+    with gzip.GzipFile(
+        fileobj=packed, mode="wb", mtime=0
+    ) as f:  # no trailing newline: the reader would take it for a merge
         f.write(text.encode())
     asset("clip", "bpe.txt.gz").write_bytes(packed.getvalue())
 

@@ -29,7 +29,9 @@ def read(root: Path, pack: str, split: str) -> list[dict]:
 
 def write(folder: Path, split: str, rows: list[tuple[dict, int]], class_names: list[str], note: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    table = pa.table({"image": pa.array([r for r, _ in rows], IMAGE), "label": pa.array([y for _, y in rows], pa.int64())})
+    table = pa.table(
+        {"image": pa.array([r for r, _ in rows], IMAGE), "label": pa.array([y for _, y in rows], pa.int64())}
+    )
     pq.write_table(table, folder / f"{split}-00000-of-00001.parquet", compression="zstd")
     (folder / "classes.json").write_text(json.dumps({"names": class_names, "note": note}, indent=1) + "\n")
     print(f"{folder.name}/{split}: {len(rows)} images, {len(class_names)} classes")
@@ -42,9 +44,14 @@ def caltech(root: Path) -> None:
     train, test = read(root, "caltech101", "train"), read(root, "caltech101", "test")
     filled = sorted(range(len(names)), key=lambda c: (-sum(r["label"] == c for r in train), names[c]))
     chosen = sorted(filled[:CALTECH_CLASSES], key=lambda c: names[c])
-    for split, rows, most in (("train", [r for r in train if r["image"]["path"] not in copies], PER_CLASS), ("test", test, 20)):
+    for split, rows, most in (
+        ("train", [r for r in train if r["image"]["path"] not in copies], PER_CLASS),
+        ("test", test, 20),
+    ):
         kept = [(r["image"], new) for new, c in enumerate(chosen) for r in [r for r in rows if r["label"] == c][:most]]
-        write(OUT / "caltech", split, kept, [names[c] for c in chosen], "Caltech101 by CaltechDATA, CC BY 4.0; 64 pixels")
+        write(
+            OUT / "caltech", split, kept, [names[c] for c in chosen], "Caltech101 by CaltechDATA, CC BY 4.0; 64 pixels"
+        )
 
 
 def web(root: Path) -> None:
@@ -55,9 +62,13 @@ def web(root: Path) -> None:
     kept = []
     for r in rows:
         small = io.BytesIO()
-        Image.open(io.BytesIO(r["image"]["bytes"])).resize((SIDE, SIDE), Image.Resampling.LANCZOS).save(small, "WEBP", quality=90)
+        Image.open(io.BytesIO(r["image"]["bytes"])).resize((SIDE, SIDE), Image.Resampling.LANCZOS).save(
+            small, "WEBP", quality=90
+        )
         kept.append(({"bytes": small.getvalue(), "path": r["image"]["path"]}, wnids.index(r["wnid"])))
-    write(OUT / "web", "test", kept, [name_of[w] for w in wnids], "NIPS 2017 images, each CC BY 2.0, see attribution.csv")
+    write(
+        OUT / "web", "test", kept, [name_of[w] for w in wnids], "NIPS 2017 images, each CC BY 2.0, see attribution.csv"
+    )
     wanted = {Path(r["image"]["path"]).stem for r in rows}
     with open(root / "imagenet_compatible_nips2017" / "attribution.csv") as f:
         lines = list(csv.DictReader(f))
@@ -72,7 +83,9 @@ def web(root: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-root", type=Path, required=True, help="folder that holds caltech101/, tiny_imagenet/, …")
+    parser.add_argument(
+        "--data-root", type=Path, required=True, help="folder that holds caltech101/, tiny_imagenet/, …"
+    )
     root = parser.parse_args().data_root
     caltech(root)
     web(root)

@@ -37,9 +37,22 @@ TEMPLATES = (
     "this is a photo of a {}", "a photo of the {}.", "{}",
 )  # fmt: skip
 KINDS = {"flowers102": ", a type of flower.", "oxford_pets_3class": ", a type of pet."}
-DOMAINS = {"art_painting": "an art painting of a {}", "cartoon": "a cartoon of a {}", "photo": "a photo of a {}", "sketch": "a sketch of a {}"}
+DOMAINS = {
+    "art_painting": "an art painting of a {}",
+    "cartoon": "a cartoon of a {}",
+    "photo": "a photo of a {}",
+    "sketch": "a sketch of a {}",
+}
 # how the rendered share is split over what is asked of a scene
-SCENE_TASKS = {"pair": 0.36, "shape": 0.20, "caption": 0.16, "color": 0.08, "count": 0.08, "texture": 0.07, "style": 0.05}
+SCENE_TASKS = {
+    "pair": 0.36,
+    "shape": 0.20,
+    "caption": 0.16,
+    "color": 0.08,
+    "count": 0.08,
+    "texture": 0.07,
+    "style": 0.05,
+}
 SEEN_PAIRS = [i for i, pair in enumerate(scenes.PAIRS) if pair not in scenes.HELD_OUT_PAIRS]
 
 
@@ -71,7 +84,10 @@ class PackData:
         if name == "cifar100":
             info = json.loads((folder / "classes.json").read_text())
             coarse = torch.tensor(info["coarse_label_of_label"])[labels]
-            self.sets["cifar100 superclasses"], self.others = (coarse, [info["superclasses"]]), {"cifar100 superclasses": 0.25}
+            self.sets["cifar100 superclasses"], self.others = (
+                (coarse, [info["superclasses"]]),
+                {"cifar100 superclasses": 0.25},
+            )
         if name == "pacs":
             domains = list(DOMAINS)
             domain = torch.tensor([domains.index(d) for d in table["domain"].to_pylist()])
@@ -123,7 +139,9 @@ class Mixture:
         self.data_sha256 = {f"{f.parent.name}/{f.name}": sha256(f) for f in files}
         self.n_images = sum(pq.read_metadata(f).num_rows for f in files)
 
-    def candidates(self, target: Tensor, n_classes: int, g: torch.Generator, pool: list[int] | None = None) -> list[int]:
+    def candidates(
+        self, target: Tensor, n_classes: int, g: torch.Generator, pool: list[int] | None = None
+    ) -> list[int]:
         """Classes that occur, then a random share of those that do not."""
         present = target.unique().tolist()
         others = [c for c in (pool or range(n_classes)) if c not in set(present)]
@@ -142,7 +160,9 @@ class Mixture:
             captions.extend(texts)
 
         n_rendered = round(n * self.rendered)
-        drawn = torch.multinomial(self.shares, n - n_rendered, replacement=True, generator=g).bincount(minlength=len(self.packs))
+        drawn = torch.multinomial(self.shares, n - n_rendered, replacement=True, generator=g).bincount(
+            minlength=len(self.packs)
+        )
         for pack, count in zip(self.packs, drawn.tolist(), strict=True):
             if not count:
                 continue
@@ -188,6 +208,15 @@ class Mixture:
             if task != "pair":  # few classes: all of them, each time
                 classes = list(range(len(class_names)))
             picks = torch.randint(0, len(templates), (len(classes),), generator=g).tolist()
-            add(start + index, target, classes, [templates[t].format(class_names[c]) for c, t in zip(classes, picks, strict=True)])
-        x = F.interpolate(drawn.images.float(), size=(size, size), mode="bilinear", antialias=True) if size != 64 else drawn.images.float()
+            add(
+                start + index,
+                target,
+                classes,
+                [templates[t].format(class_names[c]) for c, t in zip(classes, picks, strict=True)],
+            )
+        x = (
+            F.interpolate(drawn.images.float(), size=(size, size), mode="bilinear", antialias=True)
+            if size != 64
+            else drawn.images.float()
+        )
         return brighten(x / 255, g)

@@ -43,7 +43,11 @@ class Recipe:
     procs: int = 2
     seed: int = 0
     rendered: float = 0.22  # share of rendered scenes in a batch
-    sizes: tuple = ((32, 0.42), (48, 0.30), (64, 0.28))  # image side and its share of the steps: tokens are short at first
+    sizes: tuple = (
+        (32, 0.42),
+        (48, 0.30),
+        (64, 0.28),
+    )  # image side and its share of the steps: tokens are short at first
     lr_muon: float = 0.015  # block matrices
     lr_adamw: float = 0.002  # the rest
     weight_decay: float = 0.05
@@ -78,7 +82,9 @@ def image_features(model, x: torch.Tensor) -> torch.Tensor:
     x = (x - mean) / std
     if not hasattr(model.visual, "class_embedding"):
         return F.normalize(model.visual(x).float(), dim=-1)
-    return F.normalize(transformer.image_tokens(model.visual, x, positions(model.visual, x.shape[-1]))[:, 0].float(), dim=-1)
+    return F.normalize(
+        transformer.image_tokens(model.visual, x, positions(model.visual, x.shape[-1]))[:, 0].float(), dim=-1
+    )
 
 
 def contrastive_loss(model, tokenizer, batch, device) -> torch.Tensor:
@@ -87,10 +93,13 @@ def contrastive_loss(model, tokenizer, batch, device) -> torch.Tensor:
     image = image_features(model, x.to(device))
     text = encode_captions(model, tokenizer(captions).to(device))
     scale = model.logit_scale.exp().clamp(max=100)
-    losses = [
-        F.cross_entropy(scale * image[rows.to(device)] @ text[where.to(device)].T, target.to(device), reduction="sum")
-        for rows, target, where in groups
-    ]
+    with torch.autocast(device.type, enabled=False):  # bfloat16 would round the cosines
+        losses = [
+            F.cross_entropy(
+                scale * image[rows.to(device)] @ text[where.to(device)].T, target.to(device), reduction="sum"
+            )
+            for rows, target, where in groups
+        ]
     return torch.stack(losses).sum() / len(x)
 
 
@@ -163,7 +172,9 @@ def train(rank: int, recipe: Recipe, data_root: Path, work: Path) -> None:
     if device.type == "cpu":
         torch.set_num_threads(1 if recipe.procs > 1 else os.cpu_count())
     if recipe.procs > 1:
-        dist.init_process_group("gloo", f"file://{work}/rendezvous", timeout=timedelta(minutes=10), rank=rank, world_size=recipe.procs)
+        dist.init_process_group(
+            "gloo", f"file://{work}/rendezvous", timeout=timedelta(minutes=10), rank=rank, world_size=recipe.procs
+        )
     torch.manual_seed(recipe.seed)
     model, tokenizer = make_model(recipe.model)
     model = model.to(device).train()
@@ -180,7 +191,14 @@ def train(rank: int, recipe: Recipe, data_root: Path, work: Path) -> None:
         ema, start, spent = state["ema"], state["step"], state["seconds"]
     autocast = torch.autocast(device.type, dtype=torch.bfloat16)
     began, first = time.monotonic(), rank == 0
-    bar = tqdm(range(start, recipe.steps), initial=start, total=recipe.steps, desc=recipe.model, disable=not first, mininterval=10)
+    bar = tqdm(
+        range(start, recipe.steps),
+        initial=start,
+        total=recipe.steps,
+        desc=recipe.model,
+        disable=not first,
+        mininterval=10,
+    )
     for step in bar:
         lr = min((step + 1) / recipe.warmup, 1 - step / recipe.steps)
         for group in muon.param_groups:
@@ -194,7 +212,9 @@ def train(rank: int, recipe: Recipe, data_root: Path, work: Path) -> None:
             p.grad = None
         loss.backward()
         if not torch.isfinite(loss):
-            raise SystemExit(f"the loss is {loss.item()} at step {step}; lower the learning rate and resume from {state_file}")
+            raise SystemExit(
+                f"the loss is {loss.item()} at step {step}; lower the learning rate and resume from {state_file}"
+            )
         average_gradients(params, recipe.procs)
         torch.nn.utils.clip_grad_norm_(params, recipe.clip_norm)
         muon.step()
@@ -205,7 +225,12 @@ def train(rank: int, recipe: Recipe, data_root: Path, work: Path) -> None:
                 v.lerp_(own[k], 1 - min(recipe.ema, (step + 1) / (step + 10)))
         if first and (step % 50 == 49 or step + 1 == recipe.steps):
             seconds = spent + time.monotonic() - began
-            line = {"step": step + 1, "loss": round(loss.item(), 4), "size": batch[0].shape[-1], "seconds": round(seconds, 1)}
+            line = {
+                "step": step + 1,
+                "loss": round(loss.item(), 4),
+                "size": batch[0].shape[-1],
+                "seconds": round(seconds, 1),
+            }
             if step % 1000 == 999 or step + 1 == recipe.steps:
                 line["validation"] = evaluate_ema(model, tokenizer, mixture, ema)
             with open(work / "log.jsonl", "a") as f:
@@ -240,7 +265,9 @@ def export(recipe: Recipe, ema: dict, mixture: Mixture, seconds: float, work: Pa
         "images_seen": recipe.steps * recipe.batch * recipe.procs,
         "train_images": mixture.n_images,
         "wall_s": round(seconds, 1),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}" if recipe.device == "cpu" else torch.cuda.get_device_name(),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}"
+        if recipe.device == "cpu"
+        else torch.cuda.get_device_name(),
         "versions": versions(),
         "data_sha256": mixture.data_sha256,
         "weights_sha256": sha256(weights),

@@ -45,7 +45,9 @@ def complementary_map(tokens: Tensor, text: Tensor, text_not: Tensor, token_norm
     return text_map(tokens, text, token_norm) * (1 - text_map(tokens, text_not, token_norm))
 
 
-def grad_cam(clip: ZeroShotCLIP, x: Tensor, text_features: Tensor, *, create_graph: bool = False, precision=None) -> Tensor:
+def grad_cam(
+    clip: ZeroShotCLIP, x: Tensor, text_features: Tensor, *, create_graph: bool = False, precision=None
+) -> Tensor:
     """Grad-CAM on the input of the last block's attention (its ln_1), for the predicted class. [B, N].
 
     The released "vision-based" ablation of TGA-ZSR returns this map through NumPy, where its gradient ends. With

@@ -20,6 +20,8 @@ def load_claims(path=None, *, chapter: str = "") -> list[dict]:
         raise UserError(f"no claims at {path}; run inside a checkout of the book or give the path") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(claims, list) or not all(isinstance(claim, dict) for claim in claims):
+        raise UserError(f"{path}: expected a list of claims, got {type(claims).__name__}")
     for claim in claims:
         missing = [field for field in FIELDS if field not in claim]
         if missing or claim["profile"] not in PROFILES:

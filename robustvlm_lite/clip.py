@@ -9,6 +9,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -49,7 +50,9 @@ class ZeroShotCLIP(nn.Module):
     def __init__(self, model: nn.Module, tokenizer, name: str, weights_sha256: str):
         super().__init__()
         self.model, self.tokenizer, self.name, self.weights_sha256 = model, tokenizer, name, weights_sha256
-        self.image_size = int(model.visual.image_size[0] if isinstance(model.visual.image_size, tuple) else model.visual.image_size)
+        self.image_size = int(
+            model.visual.image_size[0] if isinstance(model.visual.image_size, tuple) else model.visual.image_size
+        )
         self.is_vit = hasattr(model.visual, "class_embedding")
         self.grid = model.visual.grid_size[0] if self.is_vit else 0
         self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
@@ -99,8 +102,9 @@ class ZeroShotCLIP(nn.Module):
     def text_features(self, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
         """Unit text features [C, D]: the mean over templates of unit features, made unit again; computed once a key."""
         key = (tuple(class_names), tuple(templates), str(self.device))
-        if not class_names or not templates:
-            raise UserError("expected at least one class name and one template, got an empty list")
+        if not class_names or not templates or not all("{}" in t for t in templates):
+            got = f"{len(class_names)} names and {list(templates)}"
+            raise UserError(f"expected class names and templates with {{}} for the name, got {got}")
         if key not in self._text_cache:
             per_template = [self.encode_text([t.format(c) for c in class_names]) for t in templates]
             self._text_cache[key] = F.normalize(torch.stack(per_template).mean(0), dim=-1)
@@ -112,7 +116,9 @@ class ZeroShotCLIP(nn.Module):
         end = self.model.vocab_size - 1
         for text, row in zip(texts, ids, strict=True):
             if row[-1] == end and len(self.tokenizer.encode(text)) + 2 > len(row):
-                raise UserError(f"expected at most {len(row) - 2} tokens, got {len(self.tokenizer.encode(text))} in {text!r}")
+                raise UserError(
+                    f"expected at most {len(row) - 2} tokens, got {len(self.tokenizer.encode(text))} in {text!r}"
+                )
         return F.normalize(transformer.text_features(self.model, ids), dim=-1)
 
     def logits(self, x: Tensor, text_features: Tensor, precision: torch.dtype | None = None) -> Tensor:
@@ -137,30 +143,50 @@ def load_clip(name: str = "nano", *, pretrained: str = "", device: str = "") -> 
     model, empty for its own weights or a local file of the same shapes. Shapes and the activation function must fit:
     nothing is resized and a wrong GELU is an error.
     """
-    import open_clip  # slow to import (torchvision, timm): only where a model is needed
-
-    open_clip.add_model_config(asset("clip"))
+    open_clip = _open_clip()
     config = open_clip.get_model_config(name)
     if config is None:
         raise UserError(f"unknown backbone {name!r}; {near_miss(name, open_clip.list_models())}")
+    _check_plain(config, name)
     bundled = asset("clip", f"{name}.json").exists()
     if not pretrained and not bundled:
-        raise UserError(f"backbone {name!r} has no bundled weights; pass pretrained, a tag such as 'openai' or a local file")
+        raise UserError(
+            f"backbone {name!r} has no bundled weights; pass pretrained, a tag such as 'openai' or a local file"
+        )
     path = Path(pretrained) if pretrained else asset("clip", f"{name}.safetensors")
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained in tags:
+        _check_tag(open_clip.get_pretrained_cfg(name, pretrained), config, name, pretrained)
         path = _download(open_clip, name, pretrained)
     elif not path.is_file():
         choices = f"a tag ({', '.join(tags[:4])})" if tags else "a local file"
         raise UserError(f"expected weights for {name!r} at {path}, found none; pass {choices} or put the file there")
     if bundled and not pretrained:
         _check_sum(path)
-    model = open_clip.create_model(name, load_weights=False)
+    model = _empty_model(open_clip, name)
     _load(model, read_weights(path), name, path)
-    _check_activation(model, config, name, pretrained)
     bpe = {"bpe_path": str(asset("clip", "bpe.txt.gz"))} if bundled else {}
     tokenizer = open_clip.get_tokenizer(name, **bpe)
     return ZeroShotCLIP(model, tokenizer, name, sha256(path)).eval().to(resolve_device(device))
+
+
+@lru_cache
+def _open_clip():
+    """open_clip with the bundled models registered; slow to import, so only where a model is needed."""
+    import open_clip
+
+    open_clip.add_model_config(asset("clip"))
+    return open_clip
+
+
+def _empty_model(open_clip, name: str) -> nn.Module:
+    """The architecture; open_clip's warning that no weights were loaded would mislead, they come next."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        return open_clip.create_model(name, load_weights=False)
+    finally:
+        logging.disable(disabled)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -178,9 +204,18 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             state = state.get("state_dict", state)
         skip = ("input_resolution", "context_length", "vocab_size")  # numbers that OpenAI stores among the tensors
         return {k.removeprefix("module."): v.float() for k, v in state.items() if k not in skip}
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, AttributeError, ValueError) as error:
+    except (
+        SafetensorError,
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        OSError,
+        AttributeError,
+        ValueError,
+    ) as error:
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise UserError(f"expected whole weights in {path}, got a file that does not load ({reason}); fetch it again") from None
+        mend = "save its state dict" if "TorchScript" in reason else "fetch it again"
+        raise UserError(f"expected whole weights in {path}, got a file that does not load ({reason}); {mend}") from None
 
 
 def _load(model: nn.Module, state: dict[str, Tensor], name: str, path: Path) -> None:
@@ -189,28 +224,47 @@ def _load(model: nn.Module, state: dict[str, Tensor], name: str, path: Path) -> 
     missing = [k for k in own if k not in state and k != "attn_mask"]
     if wrong or missing:
         what = (
-            f"{wrong[0]} is {tuple(state[wrong[0]].shape)} instead of {tuple(own[wrong[0]].shape)}" if wrong else f"{missing[0]} is missing"
+            f"{wrong[0]} is {tuple(state[wrong[0]].shape)} instead of {tuple(own[wrong[0]].shape)}"
+            if wrong
+            else f"{missing[0]} is missing"
         )
-        raise UserError(f"expected weights shaped like {name!r} (image size and context length included), got {path}: {what}")
+        raise UserError(
+            f"expected weights shaped like {name!r} (image size and context length included), got {path}: {what}"
+        )
     unknown = [k for k in state if k not in own and k != "attn_mask"]
     if unknown:
         raise UserError(f"expected the weights of {name!r}, got {path} with an unknown tensor {unknown[0]!r}")
     model.load_state_dict(state, strict=False)
 
 
-def _check_activation(model: nn.Module, config: dict, name: str, pretrained: str) -> None:
-    block = model.transformer.resblocks[0].mlp.gelu
-    quick = type(block).__name__ == "QuickGELU"
+def _check_plain(config: dict, name: str) -> None:
+    """Refuse architectures that pool or embed in another way than `transformer` writes out."""
+    plain = {
+        "vision_cfg": {"image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio"},
+        "text_cfg": {"context_length", "vocab_size", "width", "heads", "layers"},
+    }
+    extra = set(config) - {"embed_dim", "quick_gelu", *plain}
+    extra |= {key for tower, known in plain.items() for key in set(config[tower]) - known}
+    if extra:
+        raise UserError(f"expected a CLIP built like OpenAI's, got {name!r} with {min(extra)}; try ViT-B-32-quickgelu")
+
+
+def _check_tag(tag: dict, config: dict, name: str, pretrained: str) -> None:
+    """Refuse published weights that were trained with another activation or input normalization."""
+    quick = bool(tag.get("quick_gelu", False))
     if quick != bool(config.get("quick_gelu", False)):
-        raise UserError(f"expected the activation that {name!r} states in its config, got {type(block).__name__}")
-    if pretrained == "openai" and not quick:
-        raise UserError(f"OpenAI's weights need QuickGELU, {name!r} has GELU; use '{name}-quickgelu'")
+        needs, other = ("QuickGELU", f"{name}-quickgelu") if quick else ("GELU", name.removesuffix("-quickgelu"))
+        raise UserError(f"weights {pretrained!r} need {needs}, {name!r} has the other activation; use {other!r}")
+    if (tuple(tag.get("mean", MEAN)), tuple(tag.get("std", STD))) != (MEAN, STD):
+        raise UserError(f"weights {pretrained!r} of {name!r} need another mean and std than CLIP's; take another tag")
 
 
 def _check_sum(path: Path) -> None:
     expected = json.loads(path.with_suffix(".card.json").read_text())["weights_sha256"]
     if sha256(path) != expected:
-        raise UserError(f"expected SHA-256 {expected[:12]}… for {path.name}, got {sha256(path)[:12]}…; check out the file again")
+        raise UserError(
+            f"expected SHA-256 {expected[:12]}… for {path.name}, got {sha256(path)[:12]}…; check out the file again"
+        )
 
 
 def _download(open_clip, name: str, tag: str) -> Path:
@@ -228,11 +282,9 @@ def _download(open_clip, name: str, tag: str) -> Path:
 
 def random_clip(name: str = "nano", seed: int = 0) -> ZeroShotCLIP:
     """A CLIP with the shapes of a bundled model and seeded random weights: for tests and shape checks, it has learned nothing."""
-    import open_clip
-
-    open_clip.add_model_config(asset("clip"))
+    open_clip = _open_clip()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = open_clip.create_model(name, load_weights=False)
+        model = _empty_model(open_clip, name)
     tokenizer = open_clip.get_tokenizer(name, bpe_path=str(asset("clip", "bpe.txt.gz")))
     return ZeroShotCLIP(model, tokenizer, name, f"random-{seed}").eval()

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -33,46 +34,36 @@ def evaluate(
 ) -> list[Row]:
     """Accuracy of `model` on clean images, then under each attack.
 
-    model: pixels `[B,3,H,W]` in [0,1] -> logits `[B,K]`, in eval mode during the call. data: an `ImageSet`. attacks: list of (Attack, ThreatModel).
-    surface: what the attacker differentiates and queries, where that is not the model itself. store: keeps finished cells. fingerprint: names what the weights do not show (templates,
-    settings of a test-time defense).
+    model: pixels `[B,3,H,W]` in [0,1] -> logits `[B,K]`, kept in eval mode during the call.
+    attacks: pairs (Attack, ThreatModel); an l2 attack appears as "l2-" and its name.
+    surface: what the attacker queries and differentiates, where that is not the model itself.
+    store: keeps finished cells. fingerprint: names what the weights do not show (templates, test-time settings).
 
     Returns a clean_acc row, then robust_acc and robust_acc_8bit rows for each attack, with their records. Only images
-    that are classified correctly when clean are attacked: the attacker may leave an image alone, so the others are lost
-    already. Every attacked batch is audited; verdicts come from a fresh forward in full precision.
+    that are classified correctly when clean are attacked: an attacker may leave an image alone, so the others are lost
+    already. Every attacked batch is audited; verdicts come from a fresh forward without autocast.
 
     Raises UserError on unusable arguments, AuditError on an attack outside its budget, RuntimeError on NaN logits.
     """
-    attacks = list(attacks)
-    labels = [_label(attack, threat) for attack, threat in attacks]
-    cells = [(label, threat.eps_255) for label, (_, threat) in zip(labels, attacks, strict=True)]
-    if len(data) == 0 or batch_size < 1:
-        raise UserError(f"expected images and batch_size >= 1, got {len(data)} images and batch_size {batch_size}")
-    if len(set(cells)) < len(cells):
-        raise UserError(f"expected each attack once per ε, got {cells}; give variants different names")
     surface = model if surface is None else surface
+    plan = [(_label(attack, threat), attack, threat) for attack, threat in attacks]
+    _check(data, batch_size, [(label, threat.eps_255) for label, _, threat in plan])
     hashes = {"weights_sha256": weights_sha256(model), "data_sha256": data.sha256}
-    attacker = "" if surface is model else weights_sha256(surface)
-    key = {"method": method, "dataset": data.name, "seed": seed, "n": len(data), "fingerprint": fingerprint}
-    key |= hashes | {"surface": attacker}
+    key = {"method": method, "dataset": data.name, "n": len(data), "seed": seed, "fingerprint": fingerprint} | hashes
+    if surface is not model:
+        key["surface_sha256"] = weights_sha256(surface)
 
-    total = len(data) * (1 + len(attacks))
-    bar = tqdm(total=total, unit="image", leave=False, disable=not progress)
+    bar = tqdm(total=len(data) * (1 + len(plan)), unit="image", leave=False, disable=not progress)
     with eval_mode(model), bar:
         run = _Run(model, surface, data, method, seed, batch_size, bar)
-        clean = _finished(store, key | {"attack": "none", "eps_255": 0.0}, bar, run.clean)
-        rows = [_row(clean, "clean_acc", "none", 0.0, hashes, {"seed": seed})]
-        for label, (attack, threat) in zip(labels, attacks, strict=True):
-            described = {"seed": seed, "norm": threat.norm, "source": attack.source, **attack.params}
-            described |= {"n_steps": attack.n_steps, "step_255": attack.step_255(threat)}
-            cell = _finished(
-                store,
-                key | described | {"attack": label, "eps_255": threat.eps_255},
-                bar,
-                lambda attack=attack, threat=threat, label=label: run.attacked(clean.records, attack, threat, label),
-            )
-            for metric in ("robust_acc", "robust_acc_8bit"):
-                rows.append(_row(cell, metric, label, threat.eps_255, hashes, described))
+        clean = run.finish("none", 0.0, store, key, run.clean)
+        rows = [_row(clean, "clean_acc", hashes, {"seed": seed})]
+        for label, attack, threat in plan:
+            steps = {"n_steps": attack.n_steps, "step_255": attack.step_255(threat)}
+            extra = {"seed": seed, "norm": threat.norm, "source": attack.source, **attack.params, **steps}
+            attacked = partial(run.attacked, clean.records, label, attack, threat)
+            cell = run.finish(label, threat.eps_255, store, key | {"settings": extra}, attacked)
+            rows += [_row(cell, metric, hashes, extra) for metric in ("robust_acc", "robust_acc_8bit")]
     return rows
 
 
@@ -93,18 +84,15 @@ def worst_case(rows: Iterable[Row]) -> Row:
         name: np.choose(hardest, [column(table, name) for table in tables])
         for name in ("prediction", "margin", "prediction_8bit", "linf_255")
     }
-    correct = {name: _all(column(table, name) for table in tables) for name in ("correct", "correct_8bit")}
+    correct = {
+        name: np.logical_and.reduce([column(table, name) for table in tables]) for name in ("correct", "correct_8bit")
+    }
     same = {name: column(tables[0], name) for name in ("method", "dataset", "eps_255", "seed", "index", "label")}
-    records = records_table(n=rows[0].n, attack="worst", **same, **picked, **correct)
-    cost = Cell(
-        records,
-        sum(row.seconds for row in rows),
-        sum(row.image_forwards for row in rows),
-        sum(row.image_backwards for row in rows),
-    )
+    price = {name: sum(getattr(row, name) for row in rows) for name in ("seconds", "image_forwards", "image_backwards")}
+    cell = Cell(records_table(n=rows[0].n, attack="worst", **same, **picked, **correct), **price)
     hashes = {"weights_sha256": rows[0].weights_sha256, "data_sha256": rows[0].data_sha256}
     extra = {"seed": rows[0].extra["seed"], "attacks": [row.attack for row in rows]}
-    return _row(cost, "robust_acc_worst", "worst", rows[0].eps_255, hashes, extra)
+    return _row(cell, "robust_acc_worst", hashes, extra)
 
 
 def paired(records_a, records_b, *, seed: int = 0) -> tuple[float, float, float]:
@@ -171,26 +159,37 @@ class _Run:
     batch_size: int
     bar: tqdm
 
+    def finish(self, attack: str, eps_255: float, store: Store | None, key: dict, compute) -> Cell:
+        """The finished cell from the store, or computed and kept there."""
+        key = key | {"attack": attack, "eps_255": eps_255}
+        self.cell = f"{self.method} · {self.data.name} · {'clean' if attack == 'none' else attack}"
+        self.bar.set_description(self.cell)
+        cell = store.get(key) if store else None
+        if cell:
+            self.bar.update(len(self.data))
+            return cell
+        cell = compute()
+        if store:
+            store.put(key, cell)
+        return cell
+
     def clean(self) -> Cell:
         """Classify every image as it is."""
-        started = time.perf_counter()
-        self._announce("clean")
-        prediction, margin = np.empty(len(self.data), dtype=np.int64), np.empty(len(self.data), dtype=np.float32)
-        for index in self._batches(np.arange(len(self.data))):
+        started, n = time.perf_counter(), len(self.data)
+        prediction, margin = np.empty(n, dtype=np.int64), np.empty(n, dtype=np.float32)
+        for index in self._batches(np.arange(n)):
             prediction[index], margin[index] = self._verdict(*self._pixels(index), index)
         with_8bit = {"prediction_8bit": prediction, "linf_255": 0.0}  # the images are 8-bit to begin with
         records = self._records("none", 0.0, prediction=prediction, margin=margin, **with_8bit)
-        return Cell(records, time.perf_counter() - started, len(self.data), 0)
+        return Cell(records, time.perf_counter() - started, n, 0)
 
-    def attacked(self, clean, attack, threat, label: str) -> Cell:
+    def attacked(self, clean, label: str, attack, threat) -> Cell:
         """Attack the images that are still correct; the others keep their clean, wrong verdict."""
-        started = time.perf_counter()
-        self._announce(label)
+        started, counter = time.perf_counter(), PassCounter(self.surface)
         names = ("prediction", "margin", "prediction_8bit", "linf_255")
         out = {name: column(clean, name).copy() for name in names}
         todo = np.flatnonzero(column(clean, "correct"))
         self.bar.update(len(self.data) - len(todo))
-        counter = PassCounter(self.surface)
         for index in self._batches(todo):
             x, y = self._pixels(index)
             # Keyed by image: neither batch size nor what else is attacked changes an image's random start.
@@ -203,10 +202,6 @@ class _Run:
             out["linf_255"][index] = 255 * (x_adv - x).abs().amax(dim=(1, 2, 3)).cpu().numpy()
         records = self._records(label, threat.eps_255, **out)
         return Cell(records, time.perf_counter() - started, counter.forwards, counter.backwards)
-
-    def _announce(self, attack: str):
-        self._cell = f"{self.method} · {self.data.name} · {attack}"
-        self.bar.set_description(self._cell)
 
     def _batches(self, index: np.ndarray):
         for start in range(0, len(index), self.batch_size):
@@ -225,7 +220,7 @@ class _Run:
             logits = self.model(x)
         if not torch.isfinite(logits).all():
             batch = f"the batch of images {index[0]} to {index[-1]}"
-            raise RuntimeError(f"{self._cell}: logits are NaN or infinite on {batch}; check the weights")
+            raise RuntimeError(f"{self.cell}: logits are NaN or infinite on {batch}; check the weights")
         others = logits.scatter(1, y[:, None], -torch.inf)
         margin = logits.gather(1, y[:, None])[:, 0] - others.amax(dim=1)
         return logits.argmax(dim=1).cpu().numpy(), margin.float().cpu().numpy()
@@ -242,25 +237,16 @@ def _label(attack, threat) -> str:
     return attack.name if threat.norm == "linf" else f"{threat.norm}-{attack.name}"
 
 
-def _finished(store: Store | None, key: dict, bar: tqdm, compute) -> Cell:
-    cell = store.get(key) if store else None
-    if cell:
-        bar.update(key["n"])
-        return cell
-    cell = compute()
-    if store:
-        store.put(key, cell)
-    return cell
+def _check(data: ImageSet, batch_size: int, cells: list[tuple[str, float]]) -> None:
+    if len(data) == 0 or batch_size < 1:
+        raise UserError(f"expected images and batch_size >= 1, got {len(data)} images and batch_size {batch_size}")
+    if len(set(cells)) < len(cells):
+        raise UserError(f"expected each attack once per ε, got {cells}; give variants different names")
 
 
-def _row(cell: Cell, metric: str, attack: str, eps_255: float, hashes: dict, extra: dict) -> Row:
+def _row(cell: Cell, metric: str, hashes: dict, extra: dict) -> Row:
     correct = column(cell.records, "correct_8bit" if metric == "robust_acc_8bit" else "correct")
     n, hits = len(correct), int(correct.sum())
-    method, dataset = (cell.records[name][0].as_py() for name in ("method", "dataset"))
-    cost = (cell.seconds, cell.image_forwards, cell.image_backwards)
-    number = (metric, n, hits / n, wilson(hits, n))
-    return Row(method, dataset, attack, eps_255, *number, *cost, extra=extra, records=cell.records, **hashes)
-
-
-def _all(verdicts) -> np.ndarray:
-    return np.logical_and.reduce(list(verdicts))
+    place = {name: cell.records[name][0].as_py() for name in ("method", "dataset", "attack", "eps_255")}
+    number = {"metric": metric, "n": n, "value": hits / n, "ci95": wilson(hits, n)}
+    return Row(**place, **number, **vars(cell), extra=extra, **hashes)

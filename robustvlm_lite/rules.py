@@ -5,10 +5,10 @@
     lo(d), hi(d)           the ends of that interval
     numbers, names of expressions above, + - * /, comparisons, and, or, not
 
-attack: "none" is clean accuracy; of the attacks that fit a pattern ("pgd-*", the default) the strongest counts that all
-methods met: most steps, then most restarts; variants that repeat a paper's settings only if there is no other. eps_255: the card's own budget if left out; several are averaged per image, and so are
-several seeds. dataset: a pattern; of the data sets that fit, those count on which every method was measured, each with
-equal weight.
+attack: "none" is clean accuracy. Of the attacks that fit a pattern ("pgd-*", the default) and that all methods met, the
+strongest counts: most steps, then most restarts; a variant with a paper's settings only if there is no other.
+eps_255: the card's own budget if left out; several are averaged per image, and so are several seeds.
+dataset: a pattern; of the data sets that fit, those count on which every method was measured, each with equal weight.
 
 Expressions are parsed by `ast` and walked node by node. Nothing else has a meaning in them, and nothing is executed.
 """

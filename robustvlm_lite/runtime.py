@@ -43,7 +43,9 @@ def resolve_device(name: str = "") -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"expected a torch device such as 'cpu' or 'cuda', got {name!r}; leave it empty to choose") from None
+        raise UserError(
+            f"expected a torch device such as 'cpu' or 'cuda', got {name!r}; leave it empty to choose"
+        ) from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("device 'cuda' was asked for but torch sees none; leave the device empty or use 'cpu'")
     return device
@@ -88,7 +90,9 @@ def git_commit() -> tuple[str, bool]:
     """(commit, dirty) of the checkout that this package runs from; ("", False) for an installed copy."""
 
     def git(*args):
-        return subprocess.run(["git", "-C", str(PACKAGE.parent), *args], capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            ["git", "-C", str(PACKAGE.parent), *args], capture_output=True, text=True, check=True
+        ).stdout
 
     if not (PACKAGE.parent / ".git").exists():
         return "", False

@@ -2,11 +2,12 @@
 
 from .objectives import Objective, cross_entropy, kl, margin, value_and_grad, zero_gradient_share
 from .pgd import pgd
-from .registry import Attack, get_attack
+from .registry import Attack, attack_on, get_attack
 
 __all__ = [
     "Attack",
     "Objective",
+    "attack_on",
     "cross_entropy",
     "get_attack",
     "kl",

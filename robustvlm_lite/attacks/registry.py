@@ -4,7 +4,7 @@ A name is FAMILY[-STEPS][xRESTARTS][-paper|-released]; "+" joins names into an e
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -181,3 +181,23 @@ def _check_suffixes(spec, family, steps, restarts, variant) -> None:
     if variant is not None and variant not in VARIANTS.get(family, ()):
         known = ", ".join(f"{f}-{v}" for f, vs in VARIANTS.items() for v in vs)
         raise UserError(f"attack {spec!r}: expected a variant among {known}, got {family}-{variant}; drop '-{variant}'")
+
+
+@dataclass(frozen=True)
+class ObjectiveAttack(Attack):
+    """PGD-`n_steps` on an objective of one's own: how a chapter writes an adaptive attack.
+
+    make(model, x, y) returns the objective to maximise [B]; `name` and params["objective"] say what it is.
+    """
+
+    make: Callable | None = field(default=None, compare=False)
+
+    def _run(self, model, x, y, threat, keys):
+        generators = [generator(*k) for k in keys]
+        return pgd(self.make(model, x, y), x, threat, n_steps=self.n_steps, generators=generators)
+
+
+def attack_on(make: Callable, name: str, n_steps: int = 20) -> ObjectiveAttack:
+    """An attack called `name` that runs own PGD (step ε/4, uniform start, best iterate) on make(model, x, y)."""
+    params = {"objective": make.__name__, "n_steps": n_steps, "step_share": 0.25, "start": "uniform", "keep": "best"}
+    return ObjectiveAttack(name, "own", params | {"n_restarts": 1, "quirk_fp16_mean": False}, make)

@@ -24,14 +24,14 @@ def load(name: str, split: str = "test", *, data_root: str = "", size: int = 64,
     if split not in ("train", "test"):
         raise UserError(f"expected split 'train' or 'test', got {split!r}")
     if n < 0:
-        raise UserError(f"expected n >= 0 images of {name}, got {n}; 0 takes the whole split")
+        raise UserError(f"expected n >= 0 images of {name}, got n={n}; 0 takes the whole split")
     group, _, task = name.partition("/")
     if group == "scenes":
         return _render(name, task, split, size, n or SCENE_TEST_SIZE, seed)
     folder = pack_folder(name, data_root)
     pack = PACKS[name]
-    images = read_pack(folder, pack.test_split if split == "test" else "train", name=name, templates=pack.templates, size=size)
-    return images.balanced(n, seed) if n else images
+    stored = pack.test_split if split == "test" else "train"
+    return read_pack(folder, stored, name=name, templates=pack.templates, size=size, n=n, seed=seed)
 
 
 def _render(name: str, task: str, split: str, size: int, n: int, seed: int) -> ImageSet:
@@ -39,4 +39,6 @@ def _render(name: str, task: str, split: str, size: int, n: int, seed: int) -> I
         raise UserError(f"unknown dataset {name!r}; {near_miss(name, names())}")
     class_names, templates = scenes.TASKS[task]
     drawn = scenes.sample(n, generator(seed, name, split), task=task, size=size)
-    return ImageSet(name, drawn.images, drawn.labels(task), tuple(class_names), tuple(templates), split, masks=drawn.masks)
+    return ImageSet(
+        name, drawn.images, drawn.labels(task), tuple(class_names), tuple(templates), split, masks=drawn.masks
+    )

@@ -30,14 +30,18 @@ def from_path(path: str, *, size: int = 64, templates: tuple[str, ...] = (), spl
     else:
         images = _from_subfolders(folder, templates or PHOTO, size)
     if len(images.class_names) < 2:
-        raise UserError(f"expected at least two classes in {path}, got {len(images.class_names)}; zero-shot needs a choice")
+        raise UserError(
+            f"expected at least two classes in {path}, got {len(images.class_names)}; zero-shot needs a choice"
+        )
     return images
 
 
 def _from_subfolders(folder: Path, templates: tuple[str, ...], size: int) -> ImageSet:
     classes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not classes:
-        raise UserError(f"expected one subfolder a class in {folder}, found none; put each class into a folder of its name")
+        raise UserError(
+            f"expected one subfolder a class in {folder}, found none; put each class into a folder of its name"
+        )
     pictures, labels, ids = [], [], []
     for label, sub in enumerate(classes):
         files = sorted(f for f in sub.iterdir() if f.suffix.lower() in SUFFIXES)

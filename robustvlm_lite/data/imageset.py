@@ -43,14 +43,7 @@ class ImageSet:
 
     def balanced(self, n: int, seed: int = 0) -> "ImageSet":
         """A seeded subset of n images with classes as equally filled as the set allows, in shuffled order."""
-        if n > len(self):
-            raise UserError(f"expected n <= {len(self)} images of {self.name} ({self.split}), got {n}; ask for fewer")
-        order = torch.randperm(len(self), generator=generator(seed, self.name, "subset"))
-        rank = torch.zeros(len(self))  # how many images of the same class come before this one
-        for c in self.labels.unique():
-            rank[order[self.labels[order] == c]] = torch.arange(int((self.labels == c).sum()), dtype=torch.float32)
-        chosen = order[rank[order].argsort(stable=True)][:n]
-        return self.take(chosen)
+        return self.take(balanced_rows(self.labels, n, seed, self.name))
 
     def split_off(self, share: float, seed: int = 0) -> tuple["ImageSet", "ImageSet"]:
         """(rest, share) of the set: hyper-parameters are chosen on the share, never on test images."""
@@ -64,3 +57,15 @@ class ImageSet:
         digest = hashlib.sha256(repr((self.class_names, self.templates, tuple(self.images.shape))).encode())
         digest.update(self.images.contiguous().numpy().tobytes() + self.labels.numpy().tobytes())
         return digest.hexdigest()
+
+
+def balanced_rows(labels: Tensor, n: int, seed: int, name: str) -> Tensor:
+    """Rows of n images, classes as equally filled as labels [N] allow, in an order that depends on (seed, name) alone."""
+    if not 0 < n <= len(labels):
+        raise UserError(f"expected 1 to {len(labels)} images of {name}, got n={n}; ask for fewer")
+    order = torch.randperm(len(labels), generator=generator(seed, name, "subset"))
+    rank = torch.zeros(len(labels), dtype=torch.int64)  # how many images of the same class come before this one
+    for c in labels.unique():
+        rows = order[labels[order] == c]
+        rank[rows] = torch.arange(len(rows))
+    return order[rank[order].argsort(stable=True)][:n]

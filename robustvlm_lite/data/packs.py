@@ -15,7 +15,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from ..runtime import UserError, asset, near_miss
-from .imageset import ImageSet
+from .imageset import ImageSet, balanced_rows
 
 PHOTO = ("a photo of a {}.", "a picture of a {}.", "this is a photo of a {}.", "a {}.")
 FLOWER = tuple(t[:-1] + ", a type of flower." for t in PHOTO[:3]) + PHOTO[3:]
@@ -51,9 +51,13 @@ def decode(data: bytes, size: int, where: str) -> np.ndarray:
     """RGB uint8 [size, size, 3]: the short side resized to `size`, the center cut out."""
     try:
         with Image.open(io.BytesIO(data)) as image:
+            if image.mode.startswith(("I", "F")):  # Pillow would clip 16 bits to white
+                raise ValueError(f"mode {image.mode}, not 8 bits a channel")
             image = image.convert("RGB")
-    except (UnidentifiedImageError, OSError, ValueError) as error:
-        raise UserError(f"expected a readable image, got {len(data)} bytes at {where} ({error}); remove or replace it") from None
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        reason = "no known format" if isinstance(error, UnidentifiedImageError) else error
+        got = f"{len(data or b'')} bytes at {where} ({reason})"
+        raise UserError(f"expected a readable image, got {got}; remove or replace it") from None
     if min(image.size) != size:
         scale = size / min(image.size)
         image = image.resize([max(size, round(s * scale)) for s in image.size], Image.Resampling.BILINEAR)
@@ -78,8 +82,11 @@ def read_rows(folder: Path, split: str) -> tuple[list[bytes], list[str], torch.T
             f"expected Parquet with columns image {{bytes, path}} and label, and classes.json with names, in {folder}; "
             f"got {type(error).__name__}: {reason}"
         ) from None
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(names):
-        raise UserError(f"expected labels in 0..{len(names) - 1} in {folder}, got up to {int(labels.max())}")
+    if not len(labels):
+        raise UserError(f"expected images in {folder}, got {split} Parquet files without a row; fetch them again")
+    if not 0 <= int(labels.min()) <= int(labels.max()) < len(names):
+        got = f"{int(labels.min())} to {int(labels.max())}"
+        raise UserError(f"expected labels in 0..{len(names) - 1} in {folder}, got {got}; fetch or mend the files")
     return data, paths, labels, names, table
 
 
@@ -98,9 +105,12 @@ def pack_folder(name: str, data_root: str) -> Path:
     return folder
 
 
-def read_pack(folder: Path, split: str, *, name: str, templates: tuple[str, ...], size: int) -> ImageSet:
-    """One split of a pack folder as an ImageSet of `size` pixels a side."""
+def read_pack(
+    folder: Path, split: str, *, name: str, templates: tuple[str, ...], size: int, n: int = 0, seed: int = 0
+) -> ImageSet:
+    """One split of a pack folder, `size` pixels a side; n > 0 decodes only a balanced, seeded subset."""
     data, paths, labels, names, _ = read_rows(folder, split)
-    images = np.stack([decode(d, size, f"{folder.name}/{p}") for d, p in zip(data, paths, strict=True)])
+    rows = balanced_rows(labels, n, seed, name).tolist() if n else range(len(data))
+    images = np.stack([decode(data[i], size, f"{folder.name}/{paths[i]}") for i in rows])
     images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-    return ImageSet(name, images, labels, names, templates, split, ids=tuple(paths))
+    return ImageSet(name, images, labels[list(rows)], names, templates, split, ids=tuple(paths[i] for i in rows))

@@ -1,6 +1,8 @@
 """Defenses by name. A new one is one file here, one line in METHODS, and one chapter."""
 
-from functools import partial
+import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 from ..clip import ZeroShotCLIP
@@ -8,35 +10,47 @@ from ..runtime import UserError, asset, near_miss
 from .base import Defense, TrainingAttack
 from .checkpoints import load_change, read_facts, save_change
 from .finetuning import FARE, PMGAFT, FTAdv, FTClean, TeCoA
-from .tga_zsr import PRESETS, CompTGA, TGAConfig, TGAZSR, VisionGuided
+from .tga_zsr import PRESETS, TGAZSR, CompTGA, TGAConfig, VisionGuided
 from .training import FineTuning, Training
 
 __all__ = [
     "METHODS", "PRESETS", "Defense", "FineTuning", "TGAConfig", "Training", "TrainingAttack", "build", "load_defense",
-    "names", "read_facts", "save_change",
+    "names", "read_facts", "save_change", "search_results",
 ]  # fmt: skip
 
-CE = TGAConfig(alpha=0.0, beta=0.0)
-# name -> what makes an untrained defense of a CLIP
-METHODS = {
-    "FT-clean": FTClean,
-    "FT-adv": FTAdv,
-    "TeCoA": TeCoA,
-    "PMG-AFT": PMGAFT,
-    "FARE": FARE,
-    "TGA-ZSR": partial(TGAZSR, config=PRESETS["strict"]),
-    "TGA-ZSR (paper)": partial(TGAZSR, config=PRESETS["paper"]),
-    "TGA-ZSR (released)": partial(TGAZSR, config=PRESETS["released"]),
-    "Comp-TGA": partial(CompTGA, config=PRESETS["comp"]),
-    "Vision-guided": VisionGuided,
+STRICT = PRESETS["strict"]
+# By how much a metric's gradient falls short of L2's on the maps of attacked training images (benchmarks/metric_force.py).
+GAIN_L1, GAIN_COSINE = 240.0, 1000.0
+# name -> (class, configuration); the ablations change one thing of "TGA-ZSR" each
+METHODS: dict[str, tuple[type[FineTuning], TGAConfig | None]] = {
+    "FT-clean": (FTClean, None),
+    "FT-adv": (FTAdv, None),
+    "TeCoA": (TeCoA, None),
+    "PMG-AFT": (PMGAFT, None),
+    "FARE": (FARE, None),
+    "TGA-ZSR": (TGAZSR, STRICT),
+    "TGA-ZSR (paper)": (TGAZSR, PRESETS["paper"]),
+    "TGA-ZSR (released)": (TGAZSR, PRESETS["released"]),
+    "Comp-TGA": (CompTGA, PRESETS["comp"]),
+    "Vision-guided": (VisionGuided, STRICT),
+    "CE + L_AR": (TGAZSR, replace(STRICT, beta=0.0)),
+    "CE + L_AMC": (TGAZSR, replace(STRICT, alpha=0.0)),
+    "TGA-ZSR (l1)": (TGAZSR, replace(STRICT, metric="l1")),
+    "TGA-ZSR (cos)": (TGAZSR, replace(STRICT, metric="cosine")),
+    "TGA-ZSR (l1, equal force)": (TGAZSR, replace(STRICT, metric="l1", gain=GAIN_L1)),
+    "TGA-ZSR (cos, equal force)": (TGAZSR, replace(STRICT, metric="cosine", gain=GAIN_COSINE)),
 }
 
 
-def build(name: str, clip: ZeroShotCLIP, **options) -> FineTuning:
-    """An untrained defense by name; options go to its constructor (for TGA-ZSR: config)."""
+def build(name: str, clip: ZeroShotCLIP, *, alpha: float = STRICT.alpha, beta: float = STRICT.beta) -> FineTuning:
+    """An untrained defense by name. alpha, beta: the weights of "TGA-ZSR"; its variants follow in proportion."""
     if name not in METHODS:
         raise UserError(f"unknown defense {name!r}; {near_miss(name, names())}")
-    return METHODS[name](clip, name=name, **options)
+    kind, config = METHODS[name]
+    if config is None:
+        return kind(clip, name)
+    weights = {"alpha": config.alpha * alpha / STRICT.alpha, "beta": config.beta * beta / STRICT.beta}
+    return kind(clip, replace(config, **weights), name)
 
 
 def names() -> tuple[str, ...]:
@@ -53,16 +67,22 @@ def load_defense(name: str, clip: ZeroShotCLIP) -> Defense:
         if not path.is_file():
             raise UserError(f"expected a defense checkpoint at {path}, found none; check the path")
         method = read_facts(path)["method"]
-        defense = METHODS[method](clip, name=method) if method in METHODS else FineTuning(clip, name=method)
-        return load_change(defense, path)
+        return load_change(build(method, clip) if method in METHODS else FineTuning(clip, method), path)
     if name not in METHODS:
         raise UserError(f"unknown defense {name!r}; {near_miss(name, names())}")
     path = checkpoint(name, clip.name)
     if not path.exists():
-        raise UserError(f"no bundled checkpoint of {name!r} for {clip.name}; use nano or train it and pass its file's path")
+        raise UserError(
+            f"no bundled checkpoint of {name!r} for {clip.name}; use nano or train it and pass its file's path"
+        )
     return load_change(build(name, clip), path)
 
 
 def checkpoint(name: str, base: str) -> Path:
     """Where the bundled checkpoint of a method lies."""
-    return asset("defenses", f"{base}-{name.lower().replace(' ', '-').replace('(', '').replace(')', '')}.safetensors")
+    return asset("defenses", f"{base}-{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}.safetensors")
+
+
+def search_results(base: str) -> dict:
+    """Every setting that was tried on held-back training images before the bundled checkpoints were trained."""
+    return json.loads(asset("defenses", f"{base}-search.json").read_text())

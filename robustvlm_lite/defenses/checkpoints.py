@@ -36,7 +36,9 @@ def read_facts(path: Path) -> dict:
         with safe_open(path, "pt") as f:
             return json.loads((f.metadata() or {})["facts"])
     except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise UserError(f"expected a defense checkpoint at {path}, got a file that does not load ({error}); make it again") from None
+        raise UserError(
+            f"expected a defense checkpoint at {path}, got a file that does not load ({error}); make it again"
+        ) from None
 
 
 @torch.no_grad()
@@ -44,10 +46,13 @@ def load_change(defense: Defense, path: Path) -> Defense:
     """Apply a checkpoint to a defense that still holds its base weights. Raises UserError if the base differs."""
     facts, clip = read_facts(path), defense.clip
     if facts["base_sha256"] != clip.weights_sha256:
-        raise UserError(f"expected {path.name} on the weights it was trained from ({facts['base']}), got {clip.name} with others")
+        raise UserError(
+            f"expected {path.name} on the weights it was trained from ({facts['base']}), got {clip.name} with others"
+        )
     with safe_open(path, "pt") as f:
         for key, value in clip.visual.state_dict().items():
             change = f.get_tensor(key).float() * f.get_tensor(f"{key}.scale")[:, None]
             value.add_(change.reshape(value.shape).to(value.device))
     clip.requires_grad_(False)
+    defense.seconds_per_step = facts.get("seconds_per_step", 0.0)
     return defense

@@ -104,4 +104,6 @@ class VisionGuided(TGAZSR):
 
     def maps(self, clip: ZeroShotCLIP, task: Task, x: Tensor, y: Tensor, tokens: Tensor) -> Tensor:
         trained = clip is self.clip
-        return attention.grad_cam(clip, x, task.text, create_graph=trained, precision=self.precision if trained else None)
+        return attention.grad_cam(
+            clip, x, task.text, create_graph=trained, precision=self.precision if trained else None
+        )

@@ -2,8 +2,9 @@
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +59,7 @@ class FineTuning(Defense):
     """Fine-tunes the image tower of a copy of `clip`; text tower and logit scale stay as they are.
 
     A method says what it minimises (`losses`), what its training attack maximises (`inner`) and what it keeps of the
-    frozen model (`frozen`). history: one dict of terms a step; seconds: wall time of `fit`.
+    frozen model (`frozen`). history: one dict of terms a step; seconds_per_step: mean wall time of `fit`'s steps.
     """
 
     attacks_in_training = True
@@ -68,7 +69,7 @@ class FineTuning(Defense):
         self.name = name or self.name
         self.original = (clip,)  # a tuple, so that it is not a submodule: it is not part of the defended model
         self.history: list[dict[str, float]] = []
-        self.seconds = 0.0
+        self.seconds_per_step = 0.0
         self.precision: torch.dtype | None = None
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
@@ -102,7 +103,9 @@ class FineTuning(Defense):
     ) -> "FineTuning":
         """Train on one set or several in turn. Raises UserError if an attack is missing or the loss is not finite."""
         if self.attacks_in_training and attack is None:
-            raise UserError(f"{self.name} trains on adversarial images: expected attack=..., got None; pass partial(pgd, …)")
+            raise UserError(
+                f"{self.name} trains on adversarial images: expected attack=..., got None; pass partial(pgd, …)"
+            )
         device, self.precision = self.clip.device, training.precision
         tasks = [self._task(d, device) for d in ([data] if isinstance(data, ImageSet) else data)]
         params = [p for p in self.clip.visual.parameters() if p.requires_grad]
@@ -127,20 +130,27 @@ class FineTuning(Defense):
             index = order.next(min(training.batch, len(task.data)))
             x, y = task.data.pixels(index).to(device), task.data.labels[index].to(device)
             batch = Batch(task, index.to(device), x, y, x)
-            if self.attacks_in_training:
-                batch.x_adv = attack(self.inner(batch), x, generators=generator(seed, self.name, "attack", step))
+            if self.attacks_in_training:  # weights that have diverged show first in the attack's objective
+                objective = partial(self._finite, self.inner(batch), step)
+                batch.x_adv = attack(objective, x, generators=generator(seed, self.name, "attack", step))
             terms = self.losses(batch)
-            total = torch.stack(list(terms.values())).sum()
-            if not torch.isfinite(total):
-                raise UserError(f"{self.name}: the loss is {total.item()} at step {step}; lower the learning rate ({training.lr:g})")
+            total = self._finite(sum, step, terms.values())
             optimizer.zero_grad()
             total.backward()
             optimizer.step()
             schedule.step()
             self.history.append({k: v.item() for k, v in terms.items()})
-        self.seconds += time.monotonic() - began
+        self.seconds_per_step = (time.monotonic() - began) / training.steps
         self.clip.eval().requires_grad_(False)
         return self
+
+    def _finite(self, loss: Callable, step: int, x) -> Tensor:
+        """loss(x), or a UserError that names the training step where it is NaN or infinite."""
+        value = loss(x)
+        if not torch.isfinite(value).all():
+            worst = value[~torch.isfinite(value)].flatten()[0].item()
+            raise UserError(f"{self.name}: the loss is {worst} at step {step}; lower the learning rate")
+        return value
 
     def _task(self, data: ImageSet, device: torch.device) -> Task:
         task = Task(data, self.clip.text_features(data.class_names, data.templates))

@@ -156,7 +156,7 @@ def figures(nb) -> list[str]:
 
 
 def badges(nb, stem: str, repository: str) -> list[str]:
-    """A kernel is named (the book shows the Colab button only then); the first cell holds the title and the badge row."""
+    """A kernel is named, else the book shows no Colab button; the first cell has the title and the badge row."""
     if nb.metadata.get("kernelspec", {}).get("name") != "python3":
         return ["the head of the .py names no kernelspec python3"]
     first = nb.cells[0]

@@ -182,9 +182,12 @@ def test_eval_mode_inside_own_mode_after():
 
 
 def test_verdict_ignores_autocast():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
+    z, y = model(DATA.pixels()).detach(), DATA.labels
+    full = z.gather(1, y[:, None]) - z.gather(1, 1 - y[:, None])
     with torch.autocast("cpu", torch.bfloat16):
-        margins = column(run()[0].records, "margin")
-    assert margins == pytest.approx([20 * d / 255 for d in (62.5, 2.5, 0.5, -12.5, 1.5, 72.5)], abs=1e-4)
+        assert model(DATA.pixels()).dtype == torch.bfloat16  # what a verdict must not use
+        assert column(run(model)[0].records, "margin") == pytest.approx(full[:, 0].numpy(), abs=1e-6)
 
 
 def test_l2_rows_have_their_own_name():
@@ -320,6 +323,12 @@ def test_a_killed_run_goes_on_and_gives_the_same(tmp_path):
         assert a.records == b.records
 
 
+def test_parameters_that_share_a_name_with_the_key_do_not_hide_it(tmp_path):
+    options = {"store": Store(tmp_path), "attacks": [(Shift(params={"method": "apgd-ce", "n": 3}), ThreatModel(2))]}
+    names = {run(method=name, **options)[1].method for name in ("TeCoA", "FARE")}
+    assert names == {"TeCoA", "FARE"} and len(list(tmp_path.glob("*.parquet"))) == 4
+
+
 CHANGES = {
     "subset": {"data": DATA.take([0, 1, 2])},
     "other images": {"data": toy([65, 125, 127, 140, 129, 201], [0, 0, 0, 0, 1, 1])},
@@ -365,6 +374,9 @@ def test_a_damaged_or_foreign_cell_is_computed_again(tmp_path):
     small = next(p for p in tmp_path.glob("*.parquet") if p != path)
     path.write_bytes(small.read_bytes())  # a subset's file under the whole cell's name
     assert run(store=Store(tmp_path))[0].n == 6
+    run(Threshold(-10.0), store=Store(tmp_path))
+    other = next(p for p in tmp_path.glob("*.parquet") if p not in (path, small))
+    path.write_bytes(other.read_bytes())  # as many images, but of other weights
     assert run(store=Store(tmp_path))[0].value == 5 / 6
 
 

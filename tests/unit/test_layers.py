@@ -14,12 +14,12 @@ LAYERS = (
     ("attention", "prompts", "attacks"),
     ("defenses",),
     ("evaluate", "records", "sanity"),
-    ("cards",),
-    ("plots", "book", "cli"),
+    ("cards", "rules", "claims", "verdicts"),
+    ("plots", "book", "runner", "practitioner", "doctor", "cli"),
 )
 LAYER = {room: n for n, rooms in enumerate(LAYERS) for room in rooms}
 HOMES = {"open_clip": "clip", "torchattacks": "attacks"}  # outside package -> the one room that imports it
-SHARED_DEFENSES = ("base", "finetuning")  # what a paper's module may import of its own room
+SHARED_DEFENSES = ("base", "training", "checkpoints")  # what a paper's module may import of its own room
 MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS = 300, 70, 12
 UNFINISHED = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|XX" + r"X)\b|NotImplemented" + r"Error|except[^:\n]*:\s*pass\b")
 
@@ -112,7 +112,8 @@ def test_the_reader_of_imports_sees_each_form():
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_rooms_stay_small_and_finished(path):
     text = path.read_text(encoding="utf-8")
-    assert (n := text.count("\n")) <= MAX_FILE, f"{n} lines, at most {MAX_FILE}: it has found a second subject"
+    if not path.is_relative_to(ROOT / "tests"):
+        assert (n := text.count("\n")) <= MAX_FILE, f"{n} lines, at most {MAX_FILE}: it has found a second subject"
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             lines = node.end_lineno - node.lineno + 1

@@ -61,7 +61,7 @@ def test_lock_pins_each_dependency_inside_its_range(requirement):
 
 
 def test_lock_is_hashed_and_names_no_address():
-    assert len(re.findall(r"==[^\s;\\]+", LOCK)) and LOCK.count("--hash=sha256:") >= sum(map(len, pins().values()))
+    assert LOCK.count("--hash=sha256:") >= sum(map(len, pins().values()))
     assert not re.search(r"https?://|index-url|\.org|\.io\b", LOCK), "requirements.lock names a host"
 
 

@@ -28,11 +28,11 @@ def test_wilson_refuses_impossible_counts(successes, n):
 
 
 def test_bootstrap_agrees_with_the_normal_approximation():
-    values = np.random.default_rng(0).normal(3.0, 2.0, size=900)
+    values = np.random.default_rng(0).normal(3.0, 2.0, size=400)
     half = 1.96 * values.std() / math.sqrt(len(values))
     lo, hi = bootstrap_mean(values)
-    assert lo == pytest.approx(values.mean() - half, abs=0.1 * half)
-    assert hi == pytest.approx(values.mean() + half, abs=0.1 * half)
+    assert lo == pytest.approx(values.mean() - half, abs=0.12 * half)
+    assert hi == pytest.approx(values.mean() + half, abs=0.12 * half)
 
 
 def test_counting_levels_is_the_ordinary_bootstrap():

@@ -1,0 +1,25 @@
+"""What a chapter's notebook calls: start and footer, figures, tables, glued numbers, and exercises that answer back."""
+
+from .markup import Html, table
+from .measure import committed_card, defended, images, map_shift, measure, measure_maps
+from .run import Run, footer, glue, show, start
+from .tables import accuracy_table, claims_table, sanity_table
+
+__all__ = [
+    "Html",
+    "Run",
+    "accuracy_table",
+    "claims_table",
+    "committed_card",
+    "defended",
+    "footer",
+    "glue",
+    "images",
+    "map_shift",
+    "measure",
+    "measure_maps",
+    "sanity_table",
+    "show",
+    "start",
+    "table",
+]

@@ -1,0 +1,105 @@
+"""Train and measure defenses inside a run: every result goes into the card, and a killed run goes on where it stopped."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .. import attention, defenses, evaluate
+from ..cards import load_card
+from ..data import ImageSet
+from ..defenses import Defense, Training
+from ..records import Row
+from ..runtime import PACKAGE, UserError
+from ..stats import bootstrap_mean
+
+
+def images(run, name_and_n: Sequence, split: str = "test") -> ImageSet:
+    """A dataset of the profile, given as [name, n]; the chapter's parameter n, if any, takes the place of the profile's."""
+    name, n = name_and_n
+    asked = run.parameters.get("n", 0)
+    return run.load(name, split, n=asked or n)
+
+
+def training(run) -> Training:
+    """The profile's optimizer and sizes; the chapter's parameter steps, if any, takes the place of the profile's."""
+    chosen = Training(**run.sizes.training)
+    steps = run.parameters.get("steps", 0)
+    return replace(chosen, steps=steps) if steps else chosen
+
+
+def defended(run, name: str, train_sets: Sequence[ImageSet] = (), attack=None) -> Defense:
+    """A defense by name: "CLIP" as it is; trained here if the profile says so or lacks a checkpoint; else the bundled one."""
+    clip = run.load_clip()
+    if name == "CLIP":
+        return Defense(clip)
+    if name not in run.sizes.train_live:
+        return defenses.load_defense(name, clip)
+    defense, plan = defenses.build(name, clip, **run.sizes.tga), training(run)
+    kept = run.out / "trained" / f"{defenses.checkpoint(name, clip.name).stem}.safetensors"
+    key = {"training": {**asdict(plan), "precision": str(plan.precision)}, "seed": run.seed, "tga": run.sizes.tga}
+    key |= {"data": [s.sha256 for s in train_sets], "eps": run.sizes.eps_train, "base": clip.weights_sha256}
+    if kept.exists() and (found := _read(kept, key)) is not None:
+        defense.clip.visual.load_state_dict(found["weights"])
+        defense.history, defense.seconds_per_step = found["history"], found["seconds_per_step"]
+        return defense
+    defense.fit(list(train_sets), attack=attack, training=plan, seed=run.seed)
+    kept.parent.mkdir(exist_ok=True)
+    facts = json.dumps({"key": key, "history": defense.history, "seconds_per_step": defense.seconds_per_step})
+    part = kept.with_suffix(".part")
+    save_file({k: v.contiguous() for k, v in defense.clip.visual.state_dict().items()}, part, metadata={"facts": facts})
+    part.replace(kept)
+    return defense
+
+
+def _read(path: Path, key: dict) -> dict | None:
+    facts = defenses.read_facts(path)
+    if facts["key"] != json.loads(json.dumps(key)):
+        return None
+    return facts | {"weights": load_file(path)}
+
+
+def measure(run, defense: Defense, data: ImageSet, attacks: Sequence) -> list[Row]:
+    """Clean accuracy and accuracy under (Attack, ThreatModel) pairs, added to the run's card."""
+    model = defense.classifier(data.class_names, data.templates)
+    rows = evaluate.evaluate(
+        model, data, attacks, method=defense.name, seed=run.seed, surface=defense.attack_surface(model), store=run.store,
+        fingerprint=repr((data.class_names, data.templates)), batch_size=128,
+    )  # fmt: skip
+    run.card.add(rows)
+    return rows
+
+
+def measure_maps(
+    run, method: str, data: ImageSet, maps: Mapping[str, Tensor], attack: str, eps_255: float
+) -> list[Row]:
+    """Overlap of maps [N, patches] with the exact masks of `data`, as card rows of metric map_iou."""
+    if data.masks is None:
+        raise UserError(f"expected object masks for {data.name}, got none; use a rendered task")
+    rows = []
+    for name, m in maps.items():
+        iou = attention.map_iou(m.cpu(), data.masks)
+        extra = {"seed": run.seed, "map": name}
+        rows.append(Row(f"{method}: {name}", data.name, attack, eps_255, "map_iou", len(data), iou.mean().item(),
+                        bootstrap_mean(iou.numpy()), extra=extra))  # fmt: skip
+    run.card.add(rows)
+    return rows
+
+
+def committed_card(chapter: str, profile: str) -> dict | None:
+    """The card of a chapter that the book ships for this profile, or None."""
+    path = PACKAGE.parent / "book" / "cards" / f"{chapter}-{profile}"
+    return load_card(path) if (path / "card.json").exists() else None
+
+
+@torch.no_grad()
+def map_shift(defense: Defense, data: ImageSet, x_adv: Tensor, token_norm: str = "feature_axis") -> Tensor:
+    """How far [N] each image's text-guided map moves from clean to attacked, as a share of the map's own length."""
+    text = defense.clip.text_features(data.class_names, data.templates)[data.labels]
+    clean, adv = (attention.text_map(defense.clip.tokens(x), text, token_norm) for x in (data.pixels(), x_adv))
+    zero = torch.zeros_like(clean)
+    return attention.map_distance(clean, adv) / attention.map_distance(clean, zero).clamp_min(1e-6)

@@ -1,0 +1,192 @@
+"""The tables of a chapter: accuracies with intervals, claims with verdicts, soundness checks, provenance."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from html import escape
+
+from ..cards import VERDICTS, Card
+from ..claims import decide, load_claims
+from ..evaluate import paired
+from ..records import Row
+from ..runtime import UserError
+from .markup import CARD_ANCHOR, Html, table
+
+PAIRED = ("clean_acc", "robust_acc", "robust_acc_worst")  # metrics whose verdicts `evaluate.paired` compares
+
+
+def accuracy_table(
+    rows: Sequence[Row],
+    *,
+    columns: Mapping[str, Mapping],
+    caption: str,
+    methods: Sequence[str] = (),
+    published: Mapping[str, Mapping[str, float]] | None = None,
+) -> Html:
+    """Methods down, measurements across: "54.3 ± 4.1" in percent, half the width of the 95 % interval after ±.
+
+    columns: heading -> fields that pick one row a method, e.g. {"PGD, ε 1": {"attack": "pgd-20", "eps_255": 1.0,
+    "metric": "robust_acc"}}. published: heading -> method -> percent, in gray columns at the right. The highest value
+    of a column is bold only if its paired interval to the runner-up excludes zero. n and the attacks go into the
+    caption.
+    """
+    methods = list(methods) or list(dict.fromkeys(row.method for row in rows))
+    cells = {(m, head): _pick(rows, m, head, fields) for head, fields in columns.items() for m in methods}
+    if not any(cells.values()):
+        raise UserError(f"no row fits the columns {', '.join(columns)}; compare their fields with those of the rows")
+    lines = []
+    for m in methods:
+        line = {"method": m} | {head: _accuracy(cells[m, head]) for head in columns}
+        lines.append(line | {head: values.get(m) for head, values in (published or {}).items()})
+    best = [(methods.index(m), head) for head in columns if (m := _clear_winner([cells[m, head] for m in methods]))]
+    used = [row for row in cells.values() if row]
+    return table(
+        lines,
+        caption=f"{caption} {_conditions(used)}",
+        published=tuple(published or ()),
+        best=best,
+        formats=dict.fromkeys(published or (), ".1f"),
+        card_link=True,
+    )
+
+
+def _pick(rows: Sequence[Row], method: str, head: str, fields: Mapping) -> Row | None:
+    found = [r for r in rows if r.method == method and all(getattr(r, name) == value for name, value in fields.items())]
+    if len(found) > 1:
+        kinds = sorted({f"{r.dataset}, {r.attack}, ε {r.eps_255:g}, {r.metric}" for r in found})
+        raise UserError(f"column {head!r}: {len(found)} rows of {method} fit ({'; '.join(kinds)}); give more fields")
+    return found[0] if found else None
+
+
+def _accuracy(row: Row | None) -> str | None:
+    if row is None:
+        return None
+    low, high = row.ci95
+    return f"{100 * row.value:.1f}\u00a0±\u00a0{50 * (high - low):.1f}"  # no line break inside
+
+
+def _clear_winner(rows: Sequence[Row | None]) -> str:
+    """The method that is ahead of the second by more than the paired interval; empty if none is."""
+    ranked = sorted((row for row in rows if row), key=lambda row: row.value, reverse=True)
+    if len(ranked) < 2 or any(row.records is None or row.metric not in PAIRED for row in ranked[:2]):
+        return ""
+    _, low, _ = paired(ranked[0].records, ranked[1].records)
+    return ranked[0].method if low > 0 else ""
+
+
+def _conditions(rows: Sequence[Row]) -> str:
+    """n and, for each attack met, its ε, steps and step size."""
+    sizes = sorted({row.n for row in rows})
+    parts = ["n = " + " or ".join(str(n) for n in sizes) + ", ± half the 95 % interval"]
+    budgets: dict[str, dict[float, Row]] = {}
+    for row in rows:
+        if row.attack != "none":
+            budgets.setdefault(row.attack, {})[row.eps_255] = row
+    for attack, by_eps in budgets.items():
+        some = next(iter(by_eps.values()))
+        parts.append(f"{attack} at ε = {', '.join(f'{eps:g}' for eps in sorted(by_eps))}/255{_steps(some)}")
+    return "; ".join(parts) + "."
+
+
+def _steps(row: Row) -> str:
+    if row.extra.get("attacks"):
+        return f" (per image the strongest of {', '.join(row.extra['attacks'])})"
+    n_steps, step = row.extra.get("n_steps"), row.extra.get("step_255")
+    if not n_steps:
+        return ""
+    share = f" of {step / row.eps_255:.3g} ε" if step else ""
+    restarts = row.extra.get("n_restarts", 1)
+    return f" ({n_steps} steps{share}{f', {restarts} restarts' if restarts > 1 else ''})"
+
+
+def claims_table(chapter: str, card: Card | Mapping | None = None) -> Html:
+    """The paper's own statements; with a card, the verdict on each and why.
+
+    card: the one that the run is filling (verdicts are computed now), or one read by `cards.load_card`.
+    """
+    claims = load_claims(chapter=chapter)
+    if not claims:
+        raise UserError(f"expected claims of chapter {chapter!r} in claims.yml, found none; check its name")
+    if isinstance(card, Card):
+        decided = decide(claims, card.as_dict(), card.examples)
+    else:
+        decided = card["claims"] if card else []
+    by_id = {d["id"]: d for d in decided}
+    lines = []
+    for claim in claims:
+        stated = {
+            "what the paper states": claim["statement"],
+            "where": claim["where"],
+            "published": str(claim["published"]),
+        }
+        if card is None:
+            lines.append({"claim": claim["id"]} | stated)
+        else:
+            found = by_id.get(claim["id"], {"verdict": "not_tested", "why": "The card says nothing about it."})
+            verdict = {"claim": claim["id"], "verdict": badge(found["verdict"])}  # first, where a phone shows it
+            lines.append(verdict | stated | {"why": found["why"]})
+    if card is None:
+        caption = "What the paper states, in our words. The verdicts follow below, computed from what is measured."
+    else:
+        caption = "Verdicts on the paper's statements, computed by rule from this run's examples."
+    return table(lines, caption=caption, published=("published",), kind="claims", card_link=card is not None)
+
+
+def badge(verdict: str) -> Html:
+    """A verdict as a colored word."""
+    if verdict not in VERDICTS:
+        raise UserError(f"expected a verdict of {', '.join(VERDICTS)}, got {verdict!r}")
+    return Html(f'<span class="verdict verdict-{verdict}">{verdict.replace("_", " ")}</span>')
+
+
+def sanity_table(checks: Sequence) -> Html:
+    """The soundness battery (`sanity.Check`s), one line a check."""
+    lines = []
+    for check in checks:
+        mark = '<span class="passed">✓ holds</span>' if check.passed else '<span class="failed">✗ fails</span>'
+        lines.append({"check": check.name, "result": Html(mark), "value": check.value, "what it means": check.why})
+    held = sum(check.passed for check in checks)
+    caption = f"Is the evaluation sound? {held} of {len(lines)} checks hold."
+    return table(lines, caption=caption, kind="sanity", card_link=True)
+
+
+def provenance_table(card: Mapping, *, out: str, command: str) -> Html:
+    """Where the numbers of a card come from, and the command that makes them again.
+
+    card: as `Card.as_dict` or `cards.load_card` give it. out: folder of the card, empty if it is a temporary one.
+    """
+    p = card["provenance"]
+    commit = f"{p['commit'][:12] or 'none (an installed copy)'}{', with local changes' if p['dirty'] else ''}"
+    facts = {
+        "card": f"{out}/card.json" if out else "card.json in a temporary folder; give out= to keep it",
+        "made by": Html(f"<code>{escape(command)}</code>"),
+        "commit": commit,
+        "versions": f"robustvlm_lite {p['package']}, torch {p['torch']}",
+        "device": p["device"],
+        "weights": _hashes(p["weights_sha256"], p.get("weights", {})),
+        "data": _hashes(p["data_sha256"], p.get("data", {})),
+        "code": _hashes(p["code_sha256"], {}),
+        "started": p["started"],
+        "wall time": f"{p['wall_s']:.0f} s",
+    }
+    made = table(
+        [{"what": name, "value": value} for name, value in facts.items()],
+        caption="Provenance of every number on this page (hashes are SHA-256).",
+        kind="provenance",
+    )
+    return Html(f'<div id="{CARD_ANCHOR}">{made}</div>', f"provenance of {card['chapter']}, profile {card['profile']}")
+
+
+def _hashes(whole: str, parts: Mapping[str, str]) -> Html:
+    """Hashes cut to 12 digits, whole ones on hover."""
+    named = [("", whole)] if whole else []
+    named += [(f"{name} ", digest) for name, digest in parts.items() if digest != whole]
+    codes = (f'{escape(name)}<code title="{escape(digest)}">{escape(digest[:12])}</code>' for name, digest in named)
+    return Html(", ".join(codes) or "–")
+
+
+def command_line(chapter: str, profile: str, seed: int, parameters: Mapping) -> str:
+    """The command that repeats a run."""
+    words = ["robustvlm", "run", chapter, "--profile", profile, "--seed", str(seed)]
+    for name, value in parameters.items():
+        words += ["-p", name, f"{value:g}" if isinstance(value, float) else str(value)]
+    return shlex.join(words)

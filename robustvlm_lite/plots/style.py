@@ -1,0 +1,142 @@
+"""One look for every figure: hues of the methods, text sizes, and labels that stay clear of each other."""
+
+import functools
+
+import matplotlib
+import numpy as np
+from matplotlib import patheffects
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.figure import Figure
+
+from ..runtime import UserError
+
+# Hues of Okabe and Ito (2008), told apart with any color vision. Black is undefended, gray is trained without attack.
+COLORS = {
+    "CLIP": "#000000",
+    "FT-clean": "#767676",
+    "FT-adv": "#E69F00",
+    "TeCoA": "#56B4E9",
+    "PMG-AFT": "#009E73",
+    "FARE": "#CC79A7",
+    "TGA-ZSR": "#D55E00",
+    "Comp-TGA": "#0072B2",
+    "Vision-guided": "#F0E442",
+}
+MARKERS = dict(zip(COLORS, "osD^vP*Xh", strict=True))
+UNKNOWN = "#767676"
+NARROW, WIDE = 3.4, 7.0  # inches
+DPI = 150
+POINTS = 9
+PALE = 0.5  # relative luminance above which a line needs a dark edge to be seen on white
+
+RC = {
+    "font.size": POINTS,
+    "axes.labelsize": POINTS,
+    "axes.titlesize": POINTS,
+    "xtick.labelsize": POINTS,
+    "ytick.labelsize": POINTS,
+    "legend.fontsize": POINTS,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 5,
+    "figure.dpi": DPI,
+    "figure.facecolor": "white",  # a white card, in dark mode too
+    "savefig.facecolor": "white",
+}
+
+
+def styled(draw):
+    """Decorator: `draw` runs under the book's matplotlib settings, whatever the reader's own are."""
+
+    @functools.wraps(draw)
+    def drawn(*args, **kwargs):
+        with matplotlib.rc_context():
+            matplotlib.rcdefaults()
+            matplotlib.rcParams.update(RC)
+            return draw(*args, **kwargs)
+
+    return drawn
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A figure that pyplot does not know: nothing shows it twice, nothing has to close it."""
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _known(method: str) -> str:
+    """The method of COLORS that a name begins with: "TGA-ZSR (strict)" is drawn as "TGA-ZSR"."""
+    return max((known for known in COLORS if method.startswith(known)), key=len, default="")
+
+
+def color(method: str) -> str:
+    """Hue of a method for the whole book, as hex; gray for a name that has none."""
+    return COLORS.get(_known(method), UNKNOWN)
+
+
+def marker(method: str) -> str:
+    """Marker of a method, so that its hue is not the only sign."""
+    return MARKERS.get(_known(method), "o")
+
+
+def luminance(hue) -> float:
+    """Relative luminance in [0, 1] (WCAG 2)."""
+    rgb = np.array(to_rgb(hue))
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    return float(linear @ (0.2126, 0.7152, 0.0722))
+
+
+def ink(hue) -> str:
+    """The hue, darkened until text in it reaches a contrast of 4.5 : 1 on white."""
+    rgb = np.array(to_rgb(hue))
+    while 1.05 / (luminance(rgb) + 0.05) < 4.5:
+        rgb = rgb * 0.97
+    return to_hex(rgb)
+
+
+def line_look(method: str) -> dict:
+    """Keyword arguments of `Axes.plot` for a method."""
+    hue = color(method)
+    look = {"color": hue, "marker": marker(method), "markeredgecolor": ink(hue), "markeredgewidth": 0.6}
+    if luminance(hue) > PALE:
+        look["path_effects"] = [patheffects.Stroke(linewidth=2.8, foreground=ink(hue)), patheffects.Normal()]
+    return look
+
+
+def spread(wanted, gap: float, low: float, high: float) -> np.ndarray:
+    """Positions in [low, high] nearest to `wanted` (least squares) that keep their order and lie `gap` apart."""
+    wanted = np.asarray(wanted, dtype=float)
+    order, steps = np.argsort(wanted, kind="stable"), gap * np.arange(len(wanted))
+    blocks: list[list[float]] = []  # neighbors that touch move as one: [mean, size]
+    for value in wanted[order] - steps:
+        blocks.append([value, 1])
+        while len(blocks) > 1 and blocks[-2][0] >= blocks[-1][0]:
+            (a, n), (b, m) = blocks.pop(-2), blocks.pop()
+            blocks.append([(n * a + m * b) / (n + m), n + m])
+    packed = np.repeat([b[0] for b in blocks], [b[1] for b in blocks]) if blocks else np.empty(0)
+    placed = np.empty(len(wanted))
+    placed[order] = packed.clip(low, max(low, high - gap * (len(wanted) - 1))) + steps
+    return placed
+
+
+def label_gap(ax, height: float) -> float:
+    """Distance in data units between two lines of text, for axes about `height` inches high."""
+    low, high = ax.get_ylim()
+    return (high - low) * 1.3 * POINTS / 72 / height
+
+
+def method_labels(ax, wanted: dict[str, float], height: float, **look) -> None:
+    """Names right of the axes, each with its line and marker, near the height where its curve runs."""
+    gap = label_gap(ax, height)
+    low, high = ax.get_ylim()
+    across = ax.get_yaxis_transform()  # x in axes, y in data
+    for name, y in zip(wanted, spread(list(wanted.values()), gap, low + gap / 3, high - gap / 3), strict=True):
+        ax.plot([1.05, 1.1, 1.15], [y] * 3, transform=across, clip_on=False, markevery=[1], **line_look(name), **look)
+        ax.text(1.18, y, name, transform=across, va="center", color=ink(color(name)))
+
+
+def require(holds, expected: str) -> None:
+    """Raises UserError for a figure that cannot be drawn from what was given."""
+    if not holds:
+        raise UserError(expected)

@@ -1,0 +1,112 @@
+"""Tables escape what came from data and tell the truth: n, intervals, bold only where it is sure, verdicts by rule."""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+from toy_run import CHAPTER, filled, row
+
+from robustvlm_lite import book
+from robustvlm_lite.cards import load_card
+from robustvlm_lite.runtime import UserError
+from robustvlm_lite.stats import wilson
+
+
+def cells(html, line):
+    """Texts of one line of a table; 0 is the head."""
+    return [re.sub("<[^>]+>", "", c) for c in re.findall(r"<t[hd].*?</t[hd]>", re.findall("<tr>.*?</tr>", html)[line])]
+
+
+def test_table_escapes_and_formats():
+    html = book.table(
+        [{"name": "<script>", "n": 12345, "value": 0.12345, "loss": -1.5}, {"name": "b", "n": 1, "ok": True}],
+        caption="a < b",
+        published=["value"],
+        best=[(0, "n")],
+        formats={"value": ".1f"},
+    )
+    assert "<script>" not in html and "&lt;script&gt;" in html and "a &lt; b" in html
+    assert cells(html, 0) == ["name", "n", "value", "loss", "ok"]
+    assert cells(html, 1) == ["&lt;script&gt;", "12,345", "0.1", "−1.5", "–"] and cells(html, 2)[-1] == "yes"
+    assert '<th scope="col" class="published">value' in html and '<td class="published num">0.1</td>' in html
+    assert '<td class="best num"><strong>12,345</strong></td>' in html and html.count("<strong>") == 1
+    assert isinstance(book.table([{"a": float("nan")}], caption="c"), book.Html)
+
+
+def test_table_refuses():
+    with pytest.raises(UserError, match="at most 7 columns, got 8"):
+        book.table([{str(i): i for i in range(8)}], caption="wide")
+    with pytest.raises(UserError, match="no row"):
+        book.table([], caption="empty")
+    with pytest.raises(UserError, match="got 'b'"):
+        book.table([{"a": 1}], caption="c", published=["b"])
+
+
+COLUMNS = {"clean": {"attack": "none"}, "PGD": {"attack": "pgd-20", "eps_255": 1.0}}
+
+
+def accuracies(first, second):
+    clean = [row(m, [1, 1, 1, 0] * 5, attack="none", eps_255=0.0, metric="clean_acc") for m in ("CLIP", "TeCoA")]
+    return [*clean, row("CLIP", first), row("TeCoA", second)]
+
+
+def test_accuracy_table_gives_interval_n_and_attack():
+    html = book.accuracy_table(accuracies([0] * 20, [1] * 10 + [0] * 10), columns=COLUMNS, caption="Seen.")
+    low, high = wilson(10, 20)
+    assert cells(html, 0) == ["method", "clean", "PGD"]
+    assert cells(html, 2) == ["TeCoA", cells(html, 1)[1], f"50.0\u00a0±\u00a0{50 * (high - low):.1f}"]
+    caption = re.search("<figcaption>(.*?)</figcaption>", html)[1]
+    for part in ("Seen. n = 20", "pgd-20 at ε = 1/255 (20 steps of 0.25 ε)", 'href="#rvl-card"'):
+        assert part in caption
+
+
+def test_bold_only_where_the_paired_interval_excludes_zero():
+    clear = book.accuracy_table(accuracies([0] * 20, [1] * 10 + [0] * 10), columns=COLUMNS, caption="c")
+    assert re.findall("<strong>(.*?)</strong>", clear) == [cells(clear, 2)[2]]  # clean is a tie
+    close = book.accuracy_table(accuracies([0] * 11 + [1] * 9, [1] * 10 + [0] * 10), columns=COLUMNS, caption="c")
+    assert "<strong>" not in close
+
+
+def test_published_numbers_stand_apart_in_gray():
+    html = book.accuracy_table(
+        accuracies([0] * 20, [1] * 20), columns=COLUMNS, caption="c", published={"paper, PGD-100": {"TeCoA": 28.06}}
+    )
+    assert cells(html, 1)[3] == "–" and cells(html, 2)[3] == "28.1" and '<td class="published num">28.1</td>' in html
+
+
+def test_accuracy_table_refuses_an_ambiguous_or_empty_column():
+    rows = [*accuracies([0] * 20, [1] * 20), row("CLIP", [1] * 20, metric="robust_acc_8bit")]
+    with pytest.raises(UserError, match="column 'PGD': 2 rows of CLIP fit .*robust_acc_8bit"):
+        book.accuracy_table(rows, columns=COLUMNS, caption="c")
+    with pytest.raises(UserError, match="no row fits"):
+        book.accuracy_table(rows, columns={"x": {"attack": "square"}}, caption="c")
+
+
+def test_claims_table_with_and_without_a_verdict(begin, claims):
+    before = book.claims_table(CHAPTER)
+    assert cells(before, 0) == ["claim", "what the paper states", "where", "published"]
+    assert cells(before, 1) == ["TGA-C1", "TeCoA &lt;beats&gt; CLIP &amp; more", "Table 1", "+23.16"]
+    assert 'class="rvl-table claims"' in before and 'class="published"' in before
+    run = filled(begin(eps_255=1.0))
+    live = book.claims_table(CHAPTER, run.card)
+    assert (
+        '<span class="verdict verdict-reproduced">reproduced</span>' in live
+        and "points" in cells(live, 1)[5]
+        and cells(live, 0)[1] == "verdict"
+    )
+    assert book.claims_table(CHAPTER, load_card(run.finish())) == live  # from the card on disk
+    nothing = book.claims_table(CHAPTER, begin().card)
+    assert "verdict-not_tested" in nothing and cells(nothing, 1)[1] == "not tested"
+
+
+def test_claims_table_of_an_unknown_chapter(claims):
+    with pytest.raises(UserError, match="expected claims of chapter"):
+        book.claims_table("05_capt")
+
+
+def test_sanity_table_shows_failures_in_words():
+    checks = [SimpleNamespace(name="gradient", passed=True, value="0.4", why="It flows.")]
+    checks += [SimpleNamespace(name="<large ε>", passed=False, value="12 %", why="It stays above chance.")]
+    html = book.sanity_table(checks)
+    assert "1 of 2 checks hold" in html and cells(html, 2)[:3] == ["&lt;large ε&gt;", "✗ fails", "12 %"]
+    assert '<span class="failed">' in html and '<span class="passed">' in html
