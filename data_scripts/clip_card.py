@@ -46,15 +46,9 @@ def map_overlap(clip: ZeroShotCLIP, n: int = 512) -> dict[str, float]:
     x, text = scenes.pixels(), clip.text_features(scenes.class_names, scenes.templates)
     own, mean = text[scenes.labels], text.mean(0)
     tokens = clip.tokens(x)
-    naive = {norm: attention.text_map(tokens, own, norm) for norm in attention.TOKEN_NORMS}
-    maps = {
-        "center prior": attention.center_prior(clip.grid, n),
-        **{f"text-guided ({norm})": m for norm, m in naive.items()},
-        "text-guided, sign flipped": 1 - naive["feature_axis"],
-        "value path": attention.value_map(clip, x, own),
-        "value path minus mean caption": attention.value_map(clip, x, own, mean),
-        "CLS attention": attention.cls_map(clip, x),
-    }
+    maps = {"center prior": attention.center_prior(clip.grid, n)}
+    maps |= {f"token_norm {norm}": attention.text_map(tokens, own, norm) for norm in attention.TOKEN_NORMS}
+    maps |= attention.named_maps(clip, x, own, mean)
     overlap = {name: round(attention.map_iou(m, scenes.masks).mean().item(), 4) for name, m in maps.items()}
     for name, value in overlap.items():
         print(f"{name:32s} {value:.3f}")

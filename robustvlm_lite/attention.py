@@ -92,6 +92,19 @@ def cls_map(clip: ZeroShotCLIP, x: Tensor) -> Tensor:
     return minmax(weights[:, :, 0, 1:].mean(dim=1))
 
 
+@torch.no_grad()
+def named_maps(clip: ZeroShotCLIP, x: Tensor, text: Tensor, mean_text: Tensor) -> dict[str, Tensor]:
+    """Every map of one image that the book compares, by name: x [B, 3, H, W], text [B, D], mean_text [D] -> [B, N] each."""
+    guided = text_map(clip.tokens(x), text)
+    return {
+        "text-guided (Eq. 5)": guided,
+        "sign flipped": 1 - guided,
+        "value path": value_map(clip, x, text),
+        "value path − mean": value_map(clip, x, text, mean_text),
+        "CLS attention (no text)": cls_map(clip, x),
+    }
+
+
 @lru_cache
 def upsampling(grid: int, side: int) -> Tensor:
     """U [side^2, grid^2]: bilinear upsampling (align_corners=False) of a grid x grid map, as the matrix that it is."""

@@ -86,9 +86,7 @@ def _add_evaluate_options(sub: Parser) -> None:
     sub.add_argument("--data-root", default="", metavar="DIR", help="folder that holds a pack given by name")
     sub.add_argument("--model", default="nano", help="a bundled CLIP or an open_clip architecture (%(default)s)")
     sub.add_argument("--pretrained", default="", metavar="PATH", help="its weights: a file, or a tag of open_clip")
-    sub.add_argument(
-        "--defense", default="none", help="none (the default), one of the book, or a checkpoint's path"
-    )
+    sub.add_argument("--defense", default="none", help="none (the default), one of the book, or a checkpoint's path")
     sub.add_argument("--attack", default="pgd", help="pgd (the default), cw, apgd-ce, autoattack, square, noise …")
     sub.add_argument("--eps-255", type=float, default=1.0, metavar="ε", help="budget in 1/255, ℓ∞ (%(default)s)")
     sub.add_argument("--steps", type=int, metavar="N", help="steps of the attack; left out: 20 for pgd, else its own")

@@ -165,9 +165,7 @@ def load_clip(name: str = "nano", *, pretrained: str = "", device: str = "") -> 
         _check_sum(path)
     model = _empty_model(open_clip, name)
     _load(model, read_weights(path), name, path)
-    bpe = {"bpe_path": str(asset("clip", "bpe.txt.gz"))} if bundled else {}
-    tokenizer = open_clip.get_tokenizer(name, **bpe)
-    return ZeroShotCLIP(model, tokenizer, name, sha256(path)).eval().to(resolve_device(device))
+    return ZeroShotCLIP(model, _tokenizer(open_clip, name), name, sha256(path)).eval().to(resolve_device(device))
 
 
 @lru_cache
@@ -187,6 +185,12 @@ def _empty_model(open_clip, name: str) -> nn.Module:
         return open_clip.create_model(name, load_weights=False)
     finally:
         logging.disable(disabled)
+
+
+def _tokenizer(open_clip, name: str):
+    """CLIP's tokenizer, for the bundled models with their own small vocabulary."""
+    bundled = asset("clip", f"{name}.json").exists()
+    return open_clip.get_tokenizer(name, **({"bpe_path": str(asset("clip", "bpe.txt.gz"))} if bundled else {}))
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -281,10 +285,9 @@ def _download(open_clip, name: str, tag: str) -> Path:
 
 
 def random_clip(name: str = "nano", seed: int = 0) -> ZeroShotCLIP:
-    """A CLIP with the shapes of a bundled model and seeded random weights: for tests and shape checks, it has learned nothing."""
+    """Shapes of `name`, a bundled model or an open_clip architecture, with seeded random weights: it has learned nothing."""
     open_clip = _open_clip()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = _empty_model(open_clip, name)
-    tokenizer = open_clip.get_tokenizer(name, bpe_path=str(asset("clip", "bpe.txt.gz")))
-    return ZeroShotCLIP(model, tokenizer, name, f"random-{seed}").eval()
+    return ZeroShotCLIP(model, _tokenizer(open_clip, name), name, f"random-{seed}").eval()

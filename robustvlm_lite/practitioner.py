@@ -10,7 +10,8 @@ from .data import ImageSet
 from .defenses import load_defense
 from .evaluate import evaluate
 from .records import Store
-from .runner import CARD, check_seed, finished, run_folder
+from .runfolder import CARD, finished, run_folder
+from .runner import check_seed
 from .runtime import UserError, resolve_device
 from .threat import ThreatModel
 

@@ -4,11 +4,8 @@ A run lies in OUT/<chapter>/<profile>-<seed>-<hash of the parameters>/. It is fi
 """
 
 import ast
-import hashlib
-import json
 import math
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -16,13 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from . import runtime
+from .runfolder import CARD, finished, run_folder
 from .runtime import UserError, near_miss
 
 TYPES = {"bool": bool, "int": int, "float": float, "str": str}
 WANTED = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
 OPTIONS = ("profile", "seed")  # parameters of every chapter with an option of their own
 OUT = "ROBUSTVLM_OUT"  # environment variable that tells the chapter its folder
-LOCK, CARD = ".lock", "card.json"
 NOISE = "--IPKernelApp.log_level=ERROR"  # each kernel warns that it talks over TCP on this machine
 
 
@@ -61,7 +58,6 @@ def run_chapter(
         card = folder / CARD
         if not finished(card):
             injected = given | {"profile": profile, "seed": seed}
-            os.environ[OUT] = str(folder.resolve())  # the kernel inherits it
             execute(notebook, folder / "notebook.ipynb", injected, chapter)
             if not card.exists():
                 raise RunError(f"{chapter} ended without {card}; its last code cell has to finish the run")
@@ -173,80 +169,6 @@ def _data_sets(sizes) -> Iterator[str]:
             yield from _data_sets(part)
 
 
-# ---- the folder of a run
-
-
-@contextmanager
-def run_folder(parent: Path, label: str, settings: dict, *, resume: bool) -> Iterator[Path]:
-    """The folder of one run, locked; emptied first unless it is resumed.
-
-    An error inside leaves no card, and after a UserError nothing at all but finished cells: there is nothing to read.
-    """
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    folder = Path(parent) / f"{label}-{digest}"
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / LOCK, "a+")
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}; choose another --out") from None
-    with lock:
-        _lock(lock, folder)
-        if not resume:
-            _empty(folder, keep=())
-        try:
-            yield folder
-        except BaseException as error:
-            (folder / CARD).unlink(missing_ok=True)
-            if isinstance(error, UserError):
-                _empty(folder, keep=("cells",))
-                _remove_empty([folder / "cells", *made], folder)
-            raise
-
-
-def finished(card: Path) -> bool:
-    """Is there a card already? Says so, and whether other code made it."""
-    if not card.exists():
-        return False
-    from .cards import is_stale, load_card
-
-    stale = ", by other code than this: run without --resume to compute it again" if is_stale(load_card(card)) else ""
-    print(f"This run had finished before{stale or '; nothing is computed again'}.")
-    return True
-
-
-def _lock(lock, folder: Path) -> None:
-    """Lock an open file or raise UserError. The system drops the lock when its holder dies, however it dies."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: two runs at once are the reader's own care
-        return
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.seek(0)
-        pid = lock.read().strip()
-        raise UserError(f"{folder} is in use by process {pid}; wait for it or choose another --out") from None
-    lock.truncate(0)
-    lock.write(str(os.getpid()))
-    lock.flush()
-
-
-def _empty(folder: Path, keep: tuple[str, ...]) -> None:
-    for path in folder.iterdir():
-        if path.name not in (LOCK, *keep):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
-def _remove_empty(paths: list[Path], folder: Path) -> None:
-    """Remove those of `paths` that are empty folders, innermost first; the lock goes with its folder."""
-    for path in paths:
-        if path == folder and [child.name for child in folder.iterdir()] == [LOCK]:
-            (folder / LOCK).unlink()
-        if path.is_dir() and not any(path.iterdir()):
-            path.rmdir()
-
-
 # ---- execution
 
 
@@ -262,14 +184,27 @@ class _Above:
         sys.stdout.flush()
 
 
+@contextmanager
+def _results_in(folder: Path) -> Iterator[None]:
+    """Kernels that start inside this block inherit where their results go."""
+    os.environ[OUT] = str(folder.resolve())
+    try:
+        yield
+    finally:
+        del os.environ[OUT]
+
+
 def execute(notebook, target: Path, parameters: dict, chapter: str) -> None:
-    """Run all cells into `target` with a progress bar; what the cells print appears as they print it."""
+    """Run all cells into `target` with a progress bar; what the cells print appears as they print it.
+
+    The chapter finds its folder, that of `target`, in the environment variable ROBUSTVLM_OUT.
+    """
     import nbformat
     import papermill
     from nbclient.exceptions import DeadKernelError
 
     try:
-        with tempfile.TemporaryDirectory() as temporary:
+        with tempfile.TemporaryDirectory() as temporary, _results_in(target.parent):
             source = Path(temporary) / f"{chapter}.ipynb"
             nbformat.write(notebook, source)
             papermill.execute_notebook(

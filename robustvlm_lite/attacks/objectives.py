@@ -1,4 +1,4 @@
-"""What an attack maximises: functions from images x_adv [B, 3, H, W] to one value per image [B].
+"""What an attack maximizes: functions from images x_adv [B, 3, H, W] to one value per image [B].
 
 Values are per image and never averaged over a batch, so images do not influence each other. Logits are taken to
 float32 before the loss: in half precision a confident model has no gradient left (see `quirk_fp16_mean`).

@@ -29,7 +29,7 @@ def pgd(
     keep: str = "best",
     generators: Generators | None = None,
 ) -> torch.Tensor:
-    """Maximise `objective` around the images `x` [B, 3, H, W] in [0, 1]; returns x_adv, same shape and dtype, detached.
+    """Maximize `objective` around the images `x` [B, 3, H, W] in [0, 1]; returns x_adv, same shape and dtype, detached.
 
     n_steps: gradient steps; 0 returns the projected start.  step_255: step size in 1/255 units, a quarter of the
     budget if None.  start: "uniform" in the ball, a "corner" of the ball, "zero", or a perturbation [B, 3, H, W].

@@ -63,7 +63,8 @@ class Attack:
             return f"{p['method']} ({steps}{targets}, torchattacks)"
         restarts = f", {p['n_restarts']} restarts" if p["n_restarts"] > 1 else ""
         if not p["n_steps"]:
-            return f"random noise ({p['start']} of the ball, no gradient{restarts})"
+            where = "a corner" if p["start"] == "corner" else "uniform in the ball"
+            return f"random noise ({where}, no gradient{restarts})"
         loss = p["objective"].replace("_", "-") + (" as a float16 batch mean" if p["quirk_fp16_mean"] else "")
         step = "ε" if p["step_share"] == 1 else f"ε/{1 / p['step_share']:g}"
         return f"PGD-{p['n_steps']} ({loss}, step {step}, {p['start']} start, {p['keep']} iterate{restarts})"

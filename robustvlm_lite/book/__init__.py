@@ -1,9 +1,9 @@
 """What a chapter's notebook calls: start and footer, figures, tables, glued numbers, and exercises that answer back."""
 
 from .markup import Html, table
-from .measure import committed_card, defended, images, map_shift, measure, measure_maps
+from .measure import committed_card, defended, images, map_facts, measure, measure_maps
 from .run import Run, footer, glue, show, start
-from .tables import accuracy_table, claims_table, sanity_table
+from .tables import accuracy_table, claims_table, published_table, sanity_table
 
 __all__ = [
     "Html",
@@ -15,9 +15,10 @@ __all__ = [
     "footer",
     "glue",
     "images",
-    "map_shift",
+    "map_facts",
     "measure",
     "measure_maps",
+    "published_table",
     "sanity_table",
     "show",
     "start",

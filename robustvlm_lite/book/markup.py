@@ -60,8 +60,9 @@ def table(
     """Rows (column -> value) as an HTML table with its caption above; what a row lacks shows as a dash.
 
     published: columns that quote a paper, shown in gray. best: cells (row index, column) in bold. formats: column ->
-    format such as ".1f"; left out, numbers get three significant digits. kind: an extra class of the table. card_link:
-    end the caption with a link to the chapter's card. Values are escaped unless they are `Html`.
+    format such as ".1f"; left out, a column has the decimals that give its largest number three digits. kind: an extra
+    class of the table. card_link: end the caption with a link to the chapter's card. Values are escaped unless they are
+    `Html`.
     """
     columns = list(dict.fromkeys(name for row in rows for name in row))
     if not rows or len(columns) > MAX_COLUMNS:
@@ -70,6 +71,7 @@ def table(
     unknown = [name for name in (*published, *(column for _, column in best), *(formats or {})) if name not in columns]
     if unknown:
         raise UserError(f"expected columns among {', '.join(columns)}, got {unknown[0]!r}")
+    formats = {name: _column_format([row.get(name) for row in rows]) for name in columns} | dict(formats or {})
     gray = {name: _classes(name in published and "published") for name in columns}
     head = "".join(f'<th scope="col"{gray[name]}>{_safe(name)}</th>' for name in columns)
     body = []
@@ -77,7 +79,7 @@ def table(
         cells = []
         for name in columns:
             value = row.get(name)
-            text = _shown(value, (formats or {}).get(name, ""))
+            text = _shown(value, formats[name])
             text = f"<strong>{text}</strong>" if (i, name) in best else text
             kinds = (name in published and "published", (i, name) in best and "best", _is_number(value) and "num")
             cells.append(f"<td{_classes(*kinds)}>{text}</td>")
@@ -128,9 +130,16 @@ def _shown(value, spec: str) -> str:
         return "–"
     if not _is_number(value):
         return _safe(value)
-    if spec:
-        return format(value, spec)
-    return format(value, "," if isinstance(value, Integral) or abs(value) >= 1000 else ".3g").replace("-", "−")
+    return format(value, spec).replace("-", "−")
+
+
+def _column_format(values: Sequence) -> str:
+    """The same decimals down a column, so that its numbers can be compared by eye."""
+    numbers = [value for value in values if _is_number(value) and math.isfinite(value)]
+    if all(isinstance(value, Integral) for value in numbers):
+        return ","
+    largest = max(abs(value) for value in numbers)
+    return f",.{min(6, max(0, 2 - math.floor(math.log10(largest)))) if largest else 1}f"
 
 
 def _classes(*names) -> str:

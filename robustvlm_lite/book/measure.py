@@ -97,9 +97,16 @@ def committed_card(chapter: str, profile: str) -> dict | None:
 
 
 @torch.no_grad()
-def map_shift(defense: Defense, data: ImageSet, x_adv: Tensor, token_norm: str = "feature_axis") -> Tensor:
-    """How far [N] each image's text-guided map moves from clean to attacked, as a share of the map's own length."""
-    text = defense.clip.text_features(data.class_names, data.templates)[data.labels]
-    clean, adv = (attention.text_map(defense.clip.tokens(x), text, token_norm) for x in (data.pixels(), x_adv))
-    zero = torch.zeros_like(clean)
-    return attention.map_distance(clean, adv) / attention.map_distance(clean, zero).clamp_min(1e-6)
+def map_facts(defense: Defense, data: ImageSet, x_adv: Tensor) -> dict[str, float]:
+    """Of attacked images: how far the text-guided map moved (as a share of its own length), its overlap with the object,
+    and how many predictions are right."""
+    model = defense.classifier(data.class_names, data.templates)
+    text = model.text_features[data.labels]
+    clean, adv = (attention.text_map(defense.clip.tokens(x), text) for x in (data.pixels(), x_adv))
+    share = attention.map_distance(clean, adv) / attention.map_distance(clean, torch.zeros_like(clean)).clamp_min(1e-6)
+    right = (model(x_adv).argmax(1) == data.labels).float()
+    return {
+        "map shift": share.mean().item(),
+        "map IoU": attention.map_iou(adv, data.masks).mean().item(),
+        "accuracy": right.mean().item(),
+    }

@@ -4,11 +4,13 @@ import shlex
 from collections.abc import Mapping, Sequence
 from html import escape
 
+import yaml
+
 from ..cards import VERDICTS, Card
 from ..claims import decide, load_claims
 from ..evaluate import paired
 from ..records import Row
-from ..runtime import UserError
+from ..runtime import PACKAGE, UserError
 from .markup import CARD_ANCHOR, Html, table
 
 PAIRED = ("clean_acc", "robust_acc", "robust_acc_worst")  # metrics whose verdicts `evaluate.paired` compares
@@ -90,6 +92,8 @@ def _conditions(rows: Sequence[Row]) -> str:
 def _steps(row: Row) -> str:
     if row.extra.get("attacks"):
         return f" (per image the strongest of {', '.join(row.extra['attacks'])})"
+    if row.extra.get("components"):
+        return f" ({', then '.join(row.extra['components'])})"
     n_steps, step = row.extra.get("n_steps"), row.extra.get("step_255")
     if not n_steps:
         return ""
@@ -127,8 +131,17 @@ def claims_table(chapter: str, card: Card | Mapping | None = None) -> Html:
     if card is None:
         caption = "What the paper states, in our words. The verdicts follow below, computed from what is measured."
     else:
-        caption = "Verdicts on the paper's statements, computed by rule from this run's examples."
+        source = "this run's examples" if isinstance(card, Card) else f"the examples of a {card['profile']} run"
+        caption = f"Verdicts on the paper's statements, computed by rule from {source}."
     return table(lines, caption=caption, published=("published",), kind="claims", card_link=card is not None)
+
+
+def published_table(chapter: str) -> Html:
+    """What others published on the chapter's question, from book/published.yml, all in gray."""
+    known = yaml.safe_load((PACKAGE.parent / "book" / "published.yml").read_text(encoding="utf-8"))[chapter]
+    lines = [{"method": m} | dict(zip(known["columns"], values, strict=True)) for m, values in known["rows"].items()]
+    formats = dict.fromkeys(known["columns"], ".2f")
+    return table(lines, caption=known["caption"], published=tuple(known["columns"]), formats=formats)
 
 
 def badge(verdict: str) -> Html:

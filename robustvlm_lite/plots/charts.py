@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
-from .style import NARROW, color, ink, line_look, luminance, method_labels, new_figure, require, styled
+from .style import NARROW, color, ink, looks, luminance, method_labels, new_figure, require, styled
 
 LINES = {"pgd": "-", "cw": "--", "autoattack": ":", "apgd": ":", "noise": "-.", "worst": (0, (1, 1))}
 OTHER_LINE = (0, (5, 1, 1, 1, 1, 1))
@@ -36,12 +36,13 @@ def accuracy_vs_eps(rows, *, chance: float, order: Sequence[str] = (), width: fl
     ax = fig.add_subplot()
     ax.axhline(100 * chance, color=GRAY, linewidth=0.9, linestyle=(0, (2, 2)), gid="chance")
     ax.annotate("chance", (0, 100 * chance), (-2, 2), textcoords="offset points", color=GRAY)
-    curves = {}
+    curves, look = {}, looks(methods)
     for method in methods:
         for attack in attacks:
             seeds = _curves(rows, method, attack)
             if seeds:
-                curves.setdefault(method, _draw_curve(ax, seeds, budgets, method, _line(attack, attacks)))
+                how = look[method] | _line(attack, attacks) | {"label": method}
+                curves.setdefault(method, _draw_curve(ax, seeds, budgets, how))
     absent = [method for method in methods if method not in curves]
     require(not absent, f"expected attacked rows of each method, got none of {', '.join(absent)}; check `order`")
     ax.set(ylim=(0, 100), ylabel="accuracy (%)", xlim=(-0.15, len(budgets) - 0.85))
@@ -50,10 +51,15 @@ def accuracy_vs_eps(rows, *, chance: float, order: Sequence[str] = (), width: fl
     ax.set_xlabel(f"ε (1/255){only}, n = {'–'.join(str(n) for n in dict.fromkeys((sizes[0], sizes[-1])))}")
     ax.set_title(datasets[0], loc="left", color=GRAY)
     if len(attacks) > 1:
-        handles = [Line2D([], [], color=GRAY, linestyle=_line(a, attacks), label=a) for a in attacks]
+        handles = [Line2D([], [], color=GRAY, label=a, **_line(a, attacks)) for a in attacks]
         ax.legend(handles=handles, loc="upper right", frameon=False, handlelength=2.2, borderaxespad=0)
-    method_labels(ax, _heights(curves, budgets), height - 0.75)
+    method_labels(ax, _heights(curves, budgets), height - 0.75, look)
     return fig
+
+
+def _require_fractions(values: Sequence[float], low: float = 0) -> None:
+    wrong = [value for value in values if not low <= value <= 1]  # NaN too
+    require(not wrong, f"expected accuracies as fractions, got {wrong[0] if wrong else 0:g}; the figure makes percent")
 
 
 def _curves(rows, method: str, attack: str) -> dict[int, dict[float, object]]:
@@ -65,11 +71,11 @@ def _curves(rows, method: str, attack: str) -> dict[int, dict[float, object]]:
     return {seed: curve for seed, curve in seeds.items() if any(eps > 0 for eps in curve)}
 
 
-def _line(attack: str, attacks: Sequence[str]):
-    return "-" if len(attacks) == 1 else LINES.get(attack.split("-")[0], OTHER_LINE)
+def _line(attack: str, attacks: Sequence[str]) -> dict:
+    return {"linestyle": "-" if len(attacks) == 1 else LINES.get(attack.split("-")[0], OTHER_LINE)}
 
 
-def _draw_curve(ax, seeds, budgets, method: str, line) -> dict[float, float]:
+def _draw_curve(ax, seeds, budgets, look: dict) -> dict[float, float]:
     """Draws one method under one attack and returns ε -> mean accuracy in percent."""
     mean = {eps: [] for eps in budgets}
     for curve in seeds.values():
@@ -77,14 +83,16 @@ def _draw_curve(ax, seeds, budgets, method: str, line) -> dict[float, float]:
             mean[eps].append(100 * row.value)
         if len(seeds) > 1:
             points = [(budgets.index(eps), 100 * curve[eps].value) for eps in sorted(curve)]
-            ax.plot(*zip(*points, strict=True), color=color(method), linewidth=0.6, alpha=0.7, linestyle=line)
+            ax.plot(
+                *zip(*points, strict=True), color=look["color"], linestyle=look["linestyle"], linewidth=0.6, alpha=0.7
+            )
     mean = {eps: float(np.mean(values)) for eps, values in mean.items() if values}
     x = [budgets.index(eps) for eps in mean]
     if len(seeds) == 1:
         (curve,) = seeds.values()
         low, high = np.array([curve[eps].ci95 for eps in mean]).T * 100
-        ax.fill_between(x, low, high, color=color(method), alpha=0.15, linewidth=0)
-    ax.plot(x, list(mean.values()), linestyle=line, clip_on=False, zorder=3, label=method, **line_look(method))
+        ax.fill_between(x, low, high, color=look["color"], alpha=0.15, linewidth=0)
+    ax.plot(x, list(mean.values()), clip_on=False, zorder=3, **look)
     return mean
 
 
@@ -103,6 +111,7 @@ def paired_bars(diffs: Mapping[str, tuple[float, float, float]], *, reference: s
     interval excludes zero.
     """
     require(diffs, "expected at least one difference, got none")
+    _require_fractions([end for interval in diffs.values() for end in interval], low=-1)
     fig = new_figure(NARROW, 0.75 + 0.28 * len(diffs))
     ax = fig.add_subplot()
     ax.axvline(0, color="black", linewidth=0.8, gid="zero")
@@ -132,16 +141,18 @@ def cost_scatter(points: Mapping[str, tuple], *, cost: str, quantity: str = "rob
     height = 2.6
     fig = new_figure(NARROW, height)
     ax = fig.add_subplot()
+    _require_fractions([value for point in points.values() for value in point[1:]])
+    look = looks(points)
     costs = [point[0] for point in points.values()]
     require(min(costs) > 0 if log else min(costs) >= 0, f"expected costs above zero, got {min(costs):g}")
     for name, (at, value, *interval) in points.items():
         if interval:
-            ax.plot([at, at], [100 * end for end in interval], color=ink(color(name)), linewidth=1.2)
-        ax.plot(at, 100 * value, clip_on=False, zorder=3, label=name, **(line_look(name) | {"markersize": 7}))
+            ax.plot([at, at], [100 * end for end in interval], color=look[name]["markeredgecolor"], linewidth=1.2)
+        ax.plot(at, 100 * value, clip_on=False, zorder=3, label=name, markersize=7, **look[name])
     ax.set(ylim=(0, 100), ylabel=quantity, xlabel=cost, xscale="log" if log else "linear")
     if not log:
         ax.set_xlim(0, 1.08 * max(costs))
-    method_labels(ax, {name: 100 * point[1] for name, point in points.items()}, height - 0.6, linestyle="")
+    method_labels(ax, {name: 100 * point[1] for name, point in points.items()}, height - 0.6, look, linestyle="")
     return fig
 
 
@@ -156,17 +167,17 @@ def convergence(curves: Mapping, *, quantity: str, steps: str = "attack steps", 
     height = 2.4
     fig = new_figure(NARROW, height)
     ax = fig.add_subplot()
-    ends = {}
+    ends, look = {}, looks(curves)
     for name, curve in curves.items():
         at, values = curve if isinstance(curve, tuple) else (range(len(curve)), curve)
         values = np.asarray(values, dtype=float) * (100 if percent else 1)
         require(len(at) == len(values) > 0, f"{name}: expected a value for each step, got {len(values)} for {len(at)}")
-        ax.plot(at, values, clip_on=not percent, markevery=max(1, len(values) // 6), **line_look(name))
+        ax.plot(at, values, clip_on=not percent, markevery=max(1, len(values) // 6), **look[name])
         ends[name] = values[-1]
     ax.set(xlabel=steps, ylabel=quantity)
     if percent:
         ax.set_ylim(0, 100)
-    method_labels(ax, ends, height - 0.55)
+    method_labels(ax, ends, height - 0.55, look)
     return fig
 
 
@@ -178,6 +189,7 @@ def ablation_grid(values: Mapping[tuple, float], *, rows: str, columns: str, mar
     e.g. "α" and "β". mark: the pair to frame, e.g. the paper's.
     """
     require(values, "expected at least one value, got none")
+    _require_fractions(list(values.values()))
     down, across = (sorted({pair[i] for pair in values}) for i in (0, 1))
     table = np.full((len(down), len(across)), np.nan)
     for (a, b), value in values.items():

@@ -1,6 +1,8 @@
 """One look for every figure: hues of the methods, text sizes, and labels that stay clear of each other."""
 
 import functools
+from collections import Counter
+from collections.abc import Iterable
 
 import matplotlib
 import numpy as np
@@ -24,6 +26,8 @@ COLORS = {
 }
 MARKERS = dict(zip(COLORS, "osD^vP*Xh", strict=True))
 UNKNOWN = "#767676"
+BORROWED = ("Comp-TGA", "TGA-ZSR", "PMG-AFT", "FARE", "FT-adv", "TeCoA")  # looks for names that are no method
+OTHER_MARKERS = "<>pd"
 NARROW, WIDE = 3.4, 7.0  # inches
 DPI = 150
 POINTS = 9
@@ -75,11 +79,6 @@ def color(method: str) -> str:
     return COLORS.get(_known(method), UNKNOWN)
 
 
-def marker(method: str) -> str:
-    """Marker of a method, so that its hue is not the only sign."""
-    return MARKERS.get(_known(method), "o")
-
-
 def luminance(hue) -> float:
     """Relative luminance in [0, 1] (WCAG 2)."""
     rgb = np.array(to_rgb(hue))
@@ -95,12 +94,28 @@ def ink(hue) -> str:
     return to_hex(rgb)
 
 
-def line_look(method: str) -> dict:
-    """Keyword arguments of `Axes.plot` for a method."""
-    hue = color(method)
-    look = {"color": hue, "marker": marker(method), "markeredgecolor": ink(hue), "markeredgewidth": 0.6}
-    if luminance(hue) > PALE:
-        look["path_effects"] = [patheffects.Stroke(linewidth=2.8, foreground=ink(hue)), patheffects.Normal()]
+def looks(names: Iterable[str]) -> dict[str, dict]:
+    """Keyword arguments of `Axes.plot` for each of the names that share a figure, no two alike.
+
+    A method has its hue and marker. Its second variant ("TGA-ZSR (strict)") has white markers, further ones other
+    markers. A name that is no method ("cross-entropy") borrows the look of one that is not in the figure.
+    """
+    names = list(names)
+    families = {name: _known(name) for name in names}
+    spare = [family for family in BORROWED if family not in families.values()]
+    seen: Counter[str] = Counter()
+    look = {}
+    for name in names:
+        family = families[name] or (spare.pop(0) if spare else "")
+        hue, variant = COLORS.get(family, UNKNOWN), seen[family]
+        seen[family] += 1
+        sign = MARKERS.get(family, "o") if variant < 2 else OTHER_MARKERS[(variant - 2) % len(OTHER_MARKERS)]
+        look[name] = {"color": hue, "marker": sign, "markeredgecolor": ink(hue), "markeredgewidth": 0.6}
+        if variant == 1:
+            look[name] |= {"markerfacecolor": "white", "markeredgewidth": 1.2}
+        if luminance(hue) > PALE:
+            edge = patheffects.Stroke(linewidth=2.8, foreground=ink(hue))
+            look[name]["path_effects"] = [edge, patheffects.Normal()]
     return look
 
 
@@ -126,14 +141,14 @@ def label_gap(ax, height: float) -> float:
     return (high - low) * 1.3 * POINTS / 72 / height
 
 
-def method_labels(ax, wanted: dict[str, float], height: float, **look) -> None:
+def method_labels(ax, wanted: dict[str, float], height: float, look: dict[str, dict], **more) -> None:
     """Names right of the axes, each with its line and marker, near the height where its curve runs."""
     gap = label_gap(ax, height)
     low, high = ax.get_ylim()
     across = ax.get_yaxis_transform()  # x in axes, y in data
     for name, y in zip(wanted, spread(list(wanted.values()), gap, low + gap / 3, high - gap / 3), strict=True):
-        ax.plot([1.05, 1.1, 1.15], [y] * 3, transform=across, clip_on=False, markevery=[1], **line_look(name), **look)
-        ax.text(1.18, y, name, transform=across, va="center", color=ink(color(name)))
+        ax.plot([1.05, 1.1, 1.15], [y] * 3, transform=across, clip_on=False, markevery=[1], **look[name], **more)
+        ax.text(1.18, y, name, transform=across, va="center", color=look[name]["markeredgecolor"])
 
 
 def require(holds, expected: str) -> None:

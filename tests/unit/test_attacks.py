@@ -59,7 +59,7 @@ def keys(n, run="test"):
 @pytest.mark.parametrize("random_start", [False, True])
 @pytest.mark.parametrize("smooth", [True, False])
 def test_pgd_equals_torchattacks_from_the_same_start(random_start, smooth):
-    model, x = Net(smooth=smooth), batch()
+    model, x = Net(smooth=smooth), batch(4)  # a power of two: their batch mean changes no bit of a gradient's sign
     y = predicted(model, x)
     torch.manual_seed(3)
     start = torch.empty_like(x).uniform_(-LINF.eps, LINF.eps) if random_start else "zero"
@@ -651,7 +651,7 @@ def test_labels_say_what_runs():
     assert get_attack("pgd-20x5").label == "PGD-20 (cross-entropy, step ε/4, uniform start, best iterate, 5 restarts)"
     assert get_attack("cw-100-paper").label == "PGD-100 (margin, step ε, uniform start, last iterate)"
     assert "float16 batch mean" in get_attack("pgd-100-released").label
-    assert get_attack("noisex3").label == "random noise (uniform of the ball, no gradient, 3 restarts)"
+    assert get_attack("noisex3").label == "random noise (uniform in the ball, no gradient, 3 restarts)"
     components = [part.name for part in get_attack("autoattack").components]
     assert components == ["apgd-ce-100", "apgd-t-100", "fab-t-100", "square-5000"]
     assert all(name.rsplit("-", 1)[0] in get_attack("autoattack").label for name in components)

@@ -210,9 +210,9 @@ def test_broken_and_hostile_files_are_refused_and_run_nothing(toy, tmp_path):
     whole = {"safetensors": path.read_bytes(), "pt": (tmp_path / "whole.pt").read_bytes()}
     broken = {f"{kind} cut at {n}": (kind, raw[:n]) for kind, raw in whole.items() for n in (0, 5, 1000, len(raw) // 2)}
     broken["another format"] = ("pt", gzip.compress(b"hello"))
-    broken["a number"] = ("pt", pickle.dumps(3))
+    broken["a number"] = ("pt", pickle.dumps(3, protocol=2))
     fuse = tmp_path / "fuse"
-    broken["code"] = ("pt", pickle.dumps({"state_dict": Bomb(fuse)}))
+    broken["code"] = ("pt", pickle.dumps({"state_dict": Bomb(fuse)}, protocol=2))
     for what, (kind, raw) in broken.items():
         file = tmp_path / f"weights.{kind}"
         file.write_bytes(raw)

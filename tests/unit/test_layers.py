@@ -15,7 +15,7 @@ LAYERS = (
     ("defenses",),
     ("evaluate", "records", "sanity"),
     ("cards", "rules", "claims", "verdicts"),
-    ("plots", "book", "runner", "practitioner", "doctor", "cli"),
+    ("plots", "book", "runfolder", "runner", "practitioner", "doctor", "cli"),
 )
 LAYER = {room: n for n, rooms in enumerate(LAYERS) for room in rooms}
 HOMES = {"open_clip": "clip", "torchattacks": "attacks"}  # outside package -> the one room that imports it

@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 
 from robustvlm_lite import plots
-from robustvlm_lite.plots.style import COLORS, ink, luminance, spread
+from robustvlm_lite.plots.style import COLORS, ink, looks, luminance, spread
 from robustvlm_lite.records import Row
 from robustvlm_lite.runtime import UserError
 
@@ -105,6 +105,14 @@ def test_hues():
     assert ink("#000000") == "#000000"
 
 
+def test_no_two_names_of_a_figure_look_alike():
+    names = ["TGA-ZSR", "TGA-ZSR (released)", "TGA-ZSR (paper)", "ce", "ar", "CLIP"]
+    drawn = looks(names)
+    assert len({(k["color"], k["marker"], k.get("markerfacecolor")) for k in drawn.values()}) == len(names)
+    assert drawn["ce"]["color"] != drawn["TGA-ZSR"]["color"] == drawn["TGA-ZSR (paper)"]["color"]
+    assert len(looks(str(i) for i in range(20))) == 20  # more than there are looks
+
+
 def test_readers_own_matplotlib_settings_neither_matter_nor_change():
     import matplotlib
 
@@ -123,6 +131,8 @@ def test_paired_differences_have_a_zero_line_and_filled_markers_where_sure():
     filled = [to_hex(line.get_markerfacecolor()) != "#ffffff" for line in markers]
     assert filled == [True, False] and "TGA-ZSR" in ax.get_xlabel()
     assert [t.get_text() for t in ax.get_yticklabels()] == ["CLIP", "TeCoA"]
+    with pytest.raises(UserError, match="as fractions, got -30"):
+        plots.paired_bars({"CLIP": (-30, -35, -25)}, reference="TGA-ZSR")
     with pytest.raises(UserError, match="at least one"):
         plots.paired_bars({}, reference="CLIP")
 
@@ -154,6 +164,8 @@ def test_grid_shows_every_number_in_its_place():
     shown = {t.get_position(): t.get_text() for t in ax.texts}
     assert shown == {(0, 0): "10.0", (1, 0): "20.0", (1, 1): "42.0"}  # (column, row); the missing pair stays empty
     assert ax.get_xlabel() == "β" and ax.get_ylabel() == "α" and len(ax.patches) == 1
+    with pytest.raises(UserError, match="as fractions, got 42"):
+        plots.ablation_grid({(0, 0): 42.0}, rows="α", columns="β")
     with pytest.raises(UserError, match="mark"):
         plots.ablation_grid(values, rows="α", columns="β", mark=(1, 1))
 

@@ -12,6 +12,7 @@ from toy_book import CHAPTER, NOTEBOOK, start
 
 from robustvlm_lite import cli, runner
 from robustvlm_lite.cards import comparable, load_card
+from robustvlm_lite.runfolder import finished, run_folder
 from robustvlm_lite.runtime import UserError
 
 
@@ -42,7 +43,7 @@ def test_a_run_becomes_a_card_and_a_killed_one_the_same_card(checkout, capfd):
     assert "toy chapter, profile tiny, seed 3" in shown
     assert "toy/gray CLIP pgd-20 2 4 50.0 [0.0, 100.0]" in [" ".join(line.split()) for line in shown.splitlines()]
     assert str(folder / "card.json") in shown
-    assert "Executing" in bar and "TCP" not in bar
+    assert "Executing" in bar and "TCP" not in bar and runner.OUT not in os.environ
 
     slow = out / CHAPTER / "slow"
     slow.parent.mkdir(parents=True)
@@ -101,17 +102,17 @@ def test_parameters_are_read_by_the_type_of_their_default():
 def test_a_folder_is_named_by_its_parameters(tmp_path):
     names = []
     for settings in ({"a": 1, "b": 2}, {"b": 2, "a": 1}, {"a": 1, "b": 3}):
-        with runner.run_folder(tmp_path, "tiny-0", settings, resume=False) as folder:
+        with run_folder(tmp_path, "tiny-0", settings, resume=False) as folder:
             names.append(folder.name)
     assert names[0] == names[1] != names[2]
 
 
 def test_earlier_results_are_removed_unless_the_run_is_resumed(tmp_path):
     def left(resume):
-        with runner.run_folder(tmp_path, "tiny-0", {}, resume=resume) as folder:
+        with run_folder(tmp_path, "tiny-0", {}, resume=resume) as folder:
             return {path.name for path in folder.iterdir()} - {".lock"}
 
-    with runner.run_folder(tmp_path, "tiny-0", {}, resume=False) as folder:
+    with run_folder(tmp_path, "tiny-0", {}, resume=False) as folder:
         (folder / "cells").mkdir()
         (folder / "cells" / "one.parquet").touch()
         (folder / "card.json").touch()
@@ -121,19 +122,28 @@ def test_earlier_results_are_removed_unless_the_run_is_resumed(tmp_path):
 
 def test_a_lock_outlives_no_process(tmp_path):
     """A lock file of a dead process is taken over; one that is held refuses a second run."""
-    with runner.run_folder(tmp_path, "tiny-0", {}, resume=False) as folder:
+    with run_folder(tmp_path, "tiny-0", {}, resume=False) as folder:
         (folder / "card.json").write_text(json.dumps({}))
         with pytest.raises(UserError, match=f"in use by process {os.getpid()}"):
-            with runner.run_folder(tmp_path, "tiny-0", {}, resume=True):
+            with run_folder(tmp_path, "tiny-0", {}, resume=True):
                 pytest.fail("two runs in one folder")
         assert (folder / "card.json").exists()  # the one that was refused touched nothing
     assert (folder / ".lock").exists()
-    with runner.run_folder(tmp_path, "tiny-0", {}, resume=True) as again:
+    with run_folder(tmp_path, "tiny-0", {}, resume=True) as again:
         assert again == folder and (folder / "card.json").exists()
 
 
+def test_an_unreadable_card_is_refused_and_stays(tmp_path):
+    with run_folder(tmp_path, "tiny-0", {}, resume=False) as folder:
+        (folder / "card.json").write_text('{"schema": 7}')
+    with pytest.raises(UserError, match="expected schema 1, got 7"):
+        with run_folder(tmp_path, "tiny-0", {}, resume=True):
+            finished(folder / "card.json")
+    assert (folder / "card.json").read_text() == '{"schema": 7}'
+
+
 def test_after_bad_input_only_what_was_there_before_is_there(tmp_path):
-    with pytest.raises(UserError), runner.run_folder(tmp_path / "a" / "b", "tiny-0", {}, resume=False) as folder:
+    with pytest.raises(UserError), run_folder(tmp_path / "a" / "b", "tiny-0", {}, resume=False) as folder:
         (folder / "half.tmp").touch()
         raise UserError("no")
     assert not list(tmp_path.iterdir())

@@ -27,10 +27,16 @@ def test_table_escapes_and_formats():
     )
     assert "<script>" not in html and "&lt;script&gt;" in html and "a &lt; b" in html
     assert cells(html, 0) == ["name", "n", "value", "loss", "ok"]
-    assert cells(html, 1) == ["&lt;script&gt;", "12,345", "0.1", "−1.5", "–"] and cells(html, 2)[-1] == "yes"
+    assert cells(html, 1) == ["&lt;script&gt;", "12,345", "0.1", "−1.50", "–"] and cells(html, 2)[-1] == "yes"
     assert '<th scope="col" class="published">value' in html and '<td class="published num">0.1</td>' in html
     assert '<td class="best num"><strong>12,345</strong></td>' in html and html.count("<strong>") == 1
     assert isinstance(book.table([{"a": float("nan")}], caption="c"), book.Html)
+
+
+def test_numbers_of_a_column_share_their_decimals():
+    html = book.table([{"a": 4.9, "b": 0.0, "c": 1234.5}, {"a": 64.42, "b": 0.0123, "c": 2}], caption="c")
+    assert cells(html, 1) == ["4.9", "0.0000", "1,234"] and cells(html, 2) == ["64.4", "0.0123", "2"]
+    assert cells(book.table([{"a": 0.0}], caption="c"), 1) == ["0.0"]
 
 
 def test_table_refuses():
@@ -58,6 +64,15 @@ def test_accuracy_table_gives_interval_n_and_attack():
     caption = re.search("<figcaption>(.*?)</figcaption>", html)[1]
     for part in ("Seen. n = 20", "pgd-20 at ε = 1/255 (20 steps of 0.25 ε)", 'href="#rvl-card"'):
         assert part in caption
+
+
+def test_ensembles_name_their_parts():
+    ensemble = row("CLIP", [1, 0] * 10, attack="autoattack-10", components=["apgd-ce-10", "square-500"])
+    worst = row("CLIP", [1, 0] * 10, attack="worst", metric="robust_acc_worst", attacks=["pgd-20", "cw-20"])
+    columns = {"AA": {"attack": "autoattack-10"}, "worst": {"attack": "worst"}}
+    html = book.accuracy_table([ensemble, worst], columns=columns, caption="c")
+    assert "autoattack-10 at ε = 1/255 (apgd-ce-10, then square-500)" in html
+    assert "worst at ε = 1/255 (per image the strongest of pgd-20, cw-20)" in html
 
 
 def test_bold_only_where_the_paired_interval_excludes_zero():
@@ -94,7 +109,8 @@ def test_claims_table_with_and_without_a_verdict(begin, claims):
         and "points" in cells(live, 1)[5]
         and cells(live, 0)[1] == "verdict"
     )
-    assert book.claims_table(CHAPTER, load_card(run.finish())) == live  # from the card on disk
+    read = book.claims_table(CHAPTER, load_card(run.finish()))
+    assert "examples of a tiny run" in read and cells(read, 1) == cells(live, 1)
     nothing = book.claims_table(CHAPTER, begin().card)
     assert "verdict-not_tested" in nothing and cells(nothing, 1)[1] == "not tested"
 

@@ -49,7 +49,7 @@ def test_training_changes_the_image_tower_of_a_copy_and_nothing_else(name, rando
     }  # keys' bias has no effect on softmax
     assert last <= changed | {"model.visual.proj"} if name == "Vision-guided" else last <= changed
     assert len(defense.history) == 2 and all(math.isfinite(v) for terms in defense.history for v in terms.values())
-    assert not defense.training or not any(p.requires_grad for p in defense.clip.parameters())
+    assert not defense.clip.training and not any(p.requires_grad for p in defense.clip.parameters())
     assert defense.name == name and defense.seconds_per_step > 0
 
 

@@ -1,0 +1,296 @@
+"""The scripts that made the bundled CLIP: optimizer, stream of captions, vocabulary, sizes."""
+
+import csv
+import gzip
+import io
+import json
+import re
+
+import learn_bpe
+import mixture
+import numpy as np
+import pretrain_clip
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from mixture import Mixture
+from muon import Muon, orthogonalize
+from PIL import Image
+
+from robustvlm_lite import scenes
+from robustvlm_lite.runtime import asset
+
+# --- Muon
+
+
+@pytest.mark.parametrize("rows, cols", [(32, 32), (32, 128), (128, 384)])
+def test_orthogonalize_brings_singular_values_near_one(rows, cols):
+    g = torch.randn(3, rows, cols, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-4, 1.0, 1e3]).view(
+        3, 1, 1
+    )
+    before, after = torch.linalg.svdvals(g), torch.linalg.svdvals(orthogonalize(g))
+    kept = before > 0.05 * before.amax(1, keepdim=True)  # five iterations cannot lift what is nearly zero
+    assert kept.float().mean() > 0.8
+    assert after[kept].min() > 0.5 and after.max() < 1.35
+    u, _, vh = torch.linalg.svd(g, full_matrices=False)
+    aligned = (orthogonalize(g) * (u @ vh)).sum((1, 2)) / rows
+    assert (aligned > 0.7).all(), "the nearest orthogonal matrix keeps the singular vectors"
+
+
+def test_muon_steps_have_one_size_for_every_shape_and_follow_the_gradient():
+    shapes = {"wide.weight": (16, 64), "tall.weight": (64, 16), "attn.in_proj_weight": (48, 16)}
+    params = [(n, torch.nn.Parameter(torch.zeros(s))) for n, s in shapes.items()]
+    optimizer = Muon(params, lr=0.1)
+    g = torch.Generator().manual_seed(0)
+    for _, p in params:
+        p.grad = torch.randn(p.shape, generator=g)
+    optimizer.step()
+    for name, p in params:
+        assert (p * p.grad).sum() < 0, "downhill"
+        scale = {"wide.weight": 1, "tall.weight": 2, "attn.in_proj_weight": 1}[name]  # sqrt(rows / cols) where tall
+        for part in p.detach().chunk(3 if "in_proj" in name else 1):
+            assert 0.5 * 0.1 * scale < torch.linalg.svdvals(part).median() < 1.35 * 0.1 * scale, name
+
+
+def test_muon_splits_in_proj_into_query_key_and_value():
+    """A loud value part must not drown the query's update, as it would in one matrix."""
+    p = torch.nn.Parameter(torch.zeros(24, 8))
+    p.grad = (
+        torch.randn(24, 8, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-3] * 8 + [1.0] * 16)[:, None]
+    )
+    Muon([("block.attn.in_proj_weight", p)], lr=1.0).step()
+    norms = [part.detach().norm().item() for part in p.chunk(3)]
+    assert max(norms) < 1.5 * min(norms)
+
+
+def test_muon_keeps_momentum():
+    p = torch.nn.Parameter(torch.eye(8))
+    optimizer = Muon([("w", p)], lr=0.1)
+    p.grad = torch.eye(8)
+    optimizer.step()
+    moved = p.detach().clone()
+    p.grad = torch.zeros(8, 8)
+    optimizer.step()
+    assert (p - moved).norm() > 0.1, "a zero gradient still moves"
+
+
+# --- the stream
+
+
+def write(folder, split, n, names, side=64, **columns):
+    folder.mkdir(exist_ok=True, parents=True)
+    rng = np.random.default_rng(len(folder.name))
+    images = []
+    for i in range(n):
+        stream = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(stream, "PNG")
+        images.append({"bytes": stream.getvalue(), "path": f"{split}/{i}.png"})
+    layout = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    table = {"image": pa.array(images, layout), "label": pa.array([i % len(names) for i in range(n)], pa.int64())}
+    pq.write_table(pa.table(table | columns), folder / f"{split}-00000-of-00001.parquet")
+
+
+@pytest.fixture(scope="module")
+def packs(tmp_path_factory):
+    """Image packs of the real names and columns, with ten classes "NAME thing K" and 60 images each."""
+    root = tmp_path_factory.mktemp("packs")
+    for name in mixture.SHARES:
+        names = [f"{name} thing {k}" for k in range(10)]
+        columns = {"domain": [list(mixture.DOMAINS)[i % 4] for i in range(60)]} if name == "pacs" else {}
+        write(root / name, "train", 60, names, 32 if name.startswith("cifar") else 64, **columns)
+        described = {"names": names}
+        if name == "cifar100":
+            described |= {
+                "coarse_label_of_label": [k // 5 for k in range(10)],
+                "superclasses": ["first half", "second half"],
+            }
+        (root / name / "classes.json").write_text(json.dumps(described))
+    with open(root / "near_duplicates.csv", "w", newline="") as f:
+        writer = csv.DictWriter(f, ["train_pack", "train_path"])
+        writer.writeheader()
+        writer.writerow({"train_pack": "stl10", "train_path": "train/7.png"})
+    return root
+
+
+@pytest.fixture(scope="module")
+def stream(packs, tmp_path_factory):
+    return Mixture(packs, tmp_path_factory.mktemp("cache"), rendered=0.5)
+
+
+def test_a_batch_depends_on_its_key_alone(stream):
+    torch.manual_seed(1)
+    images, captions, groups = stream.batch(32, 48, 0, 5, 1)
+    torch.manual_seed(2)
+    stream.batch(32, 16, 9)
+    again = stream.batch(32, 48, 0, 5, 1)
+    assert torch.equal(images, again[0]) and captions == again[1]
+    assert all(
+        torch.equal(a, b) for one, two in zip(groups, again[2], strict=True) for a, b in zip(one, two, strict=True)
+    )
+    for key in ((0, 6, 1), (0, 5, 0), (1, 5, 1)):
+        assert not torch.equal(stream.batch(32, 48, *key)[0], images), key
+
+
+def test_every_image_has_one_caption_among_those_of_its_group(stream):
+    for step in range(4):
+        images, captions, groups = stream.batch(48, 40, step)
+        assert images.shape == (40, 3, 48, 48) and images.dtype == torch.float32
+        assert images.min() >= 0 and images.max() <= 1
+        rows = torch.cat([rows for rows, _, _ in groups])
+        assert sorted(rows.tolist()) == list(range(40)), "each image once"
+        where = torch.cat([where for _, _, where in groups])
+        assert where.tolist() == list(range(len(captions)))
+        for _, target, where in groups:
+            assert 0 <= target.min() and target.max() < len(where)
+            texts = [captions[i] for i in where]
+            assert len(set(texts)) == len(texts), "two equal captions would be rivals"
+
+
+def test_photographs_keep_their_label_and_never_meet_another_packs_captions(stream):
+    photos_only = Mixture.__new__(Mixture)
+    photos_only.__dict__ |= stream.__dict__ | {"rendered": 0.0}
+    superclasses = domains = 0
+    for step in range(12):
+        _, captions, groups = photos_only.batch(32, 32, step)
+        for _, _, where in groups:
+            texts = [captions[i] for i in where]
+            kinds = {m.group(1) for t in texts if (m := re.search(r"(\w+) thing \d", t))}
+            if kinds:
+                assert len(kinds) == 1
+                if kinds & {"flowers102", "oxford_pets_3class"}:
+                    assert all(t.count(".") <= 1 and ".," not in t for t in texts)
+                domains += any(t.startswith(("a sketch of", "an art painting of", "a cartoon of")) for t in texts)
+            else:
+                assert all("half" in t for t in texts)
+                superclasses += 1
+    assert superclasses and domains
+
+
+def test_captions_name_the_class_of_the_stored_row(stream, packs):
+    """Every pack, every set: the caption at index c of a set is what row i with label c is called."""
+    for pack in stream.packs:
+        table = pq.read_table(packs / pack.name / "train-00000-of-00001.parquet")
+        assert torch.equal(pack.labels, torch.tensor(table["label"].to_pylist()))
+        for row in (0, 13, 59):
+            stored = np.asarray(Image.open(io.BytesIO(table["image"][row].as_py()["bytes"]))).transpose(2, 0, 1)
+            assert np.array_equal(pack.images[row], stored)
+    pacs = next(p for p in stream.packs if p.name == "pacs")
+    labels, (texts,) = pacs.sets["pacs domains"]
+    for row in range(60):
+        assert texts[labels[row]] == mixture.DOMAINS[list(mixture.DOMAINS)[row % 4]].format(f"pacs thing {row % 10}")
+    coarse, (names,) = next(p for p in stream.packs if p.name == "cifar100").sets["cifar100 superclasses"]
+    assert [names[c] for c in coarse[:10]] == ["first half"] * 5 + ["second half"] * 5
+
+
+def test_copies_and_validation_rows_are_not_trained_on(stream):
+    for pack in stream.packs:
+        train, validation = set(pack.train.tolist()), set(pack.validation.tolist())
+        assert validation and not train & validation
+        assert train | validation == set(range(60)) - ({7} if pack.name == "stl10" else set())
+        assert len(pack.weights) == len(pack.train)
+
+
+def test_held_out_pairs_are_neither_captions_nor_rivals(stream):
+    mostly_rendered = Mixture.__new__(Mixture)
+    mostly_rendered.__dict__ |= stream.__dict__ | {"rendered": 0.97}
+    held_out = [
+        (pair, f"{pair.split()[0]} {words}") for pair in scenes.HELD_OUT_PAIRS for words in [pair.split()[1] + "s"]
+    ]
+    seen = set()
+    for step in range(30):
+        _, captions, _ = mostly_rendered.batch(32, 64, step)
+        seen |= set(captions)
+    text = "\n".join(seen)
+    for pair, plural in held_out:
+        assert not re.search(rf"\b({pair}|{plural}|{pair}es)\b", text), pair
+        color, shape = pair.split()
+        assert not re.search(rf"\b{color} (?:\w+ )?{shape}\b", text), pair
+    pairs = {p for p in scenes.PAIRS if re.search(rf"\b{p}\b", text)}
+    assert pairs == set(scenes.PAIRS) - set(scenes.HELD_OUT_PAIRS), "all others occur"
+    for word in ("sketch", "striped", "three", "left of", "object"):
+        assert word in text, word
+
+
+def test_augmented_images_are_crops_of_the_asked_size():
+    images = torch.full((20, 3, 64, 64), 100, dtype=torch.uint8)
+    out = mixture.augment(images, 48, torch.Generator().manual_seed(0))
+    assert out.shape == (20, 3, 48, 48) and out.std((1, 2, 3)).max() < 1e-3, "a flat image stays flat"
+    level = out.mean((1, 2, 3)) * 255 / 100
+    assert 0.74 < level.min() < 0.9 < 1.1 < level.max() < 1.26
+
+
+# --- vocabulary
+
+
+def tokenizer(path):
+    from open_clip.tokenizer import SimpleTokenizer
+
+    return SimpleTokenizer(bpe_path=str(path))
+
+
+def test_learned_merges_make_one_token_of_each_word(tmp_path, monkeypatch):
+    """Of the rendered world's words, written and read back in CLIP's own format."""
+    words = learn_bpe.WORD.findall(" ".join(scenes.caption_vocabulary()).lower())
+    monkeypatch.setattr(learn_bpe, "words", lambda root: learn_bpe.collections.Counter(words))
+    monkeypatch.setattr(learn_bpe, "asset", lambda *parts: tmp_path.joinpath(*parts))
+    monkeypatch.setattr("sys.argv", ["learn_bpe.py", "--data-root", "unused"])
+    learn_bpe.main()
+    encode = tokenizer(tmp_path / "clip" / "bpe.txt.gz").encode
+    assert {w: len(encode(w)) for w in words} == dict.fromkeys(words, 1)
+    assert len(encode("hippopotamus")) > 1
+
+
+def test_merges_are_greedy_and_ties_go_by_spelling():
+    merges = learn_bpe.learn(learn_bpe.collections.Counter({"abab": 3, "abc": 2, "xy": 1}), 3)
+    assert merges == [("a", "b"), ("a", "b</w>"), ("ab", "ab</w>")]
+
+
+def test_the_bundled_vocabulary_covers_captions_and_prompts(data_root):
+    encode = tokenizer(asset("clip", "bpe.txt.gz")).encode
+    words = learn_bpe.words(data_root)
+    several = [w for w in words if len(encode(w)) > 1]
+    assert len(words) > 600 and not several, several
+
+
+def test_the_bundled_vocabulary_fits_the_model():
+    merges = gzip.decompress(asset("clip", "bpe.txt.gz").read_bytes()).decode().split("\n")[1:]
+    config = json.loads(asset("clip", "nano.json").read_text())["text_cfg"]
+    assert config["vocab_size"] == 512 + len(merges) + 2 == tokenizer(asset("clip", "bpe.txt.gz")).vocab_size
+    assert config["context_length"] >= 16 + 2 + 10, "16 context tokens, start, end and a long class name"
+
+
+# --- the training script
+
+
+def test_sizes_have_their_shares_of_the_steps():
+    recipe = pretrain_clip.Recipe(steps=1000)
+    sizes = [pretrain_clip.size_at(recipe, step) for step in range(1000)]
+    assert sizes == sorted(sizes), "short tokens first"
+    assert {s: sizes.count(s) / 1000 for s in sizes} == {size: share for size, share in recipe.sizes}
+    assert pretrain_clip.size_at(recipe, 5000) == 64
+
+
+def test_positions_are_the_models_own_at_its_size_and_shrink_with_the_image(random_clip):
+    visual = random_clip.visual
+    assert pretrain_clip.positions(visual, 64) is visual.positional_embedding
+    small = pretrain_clip.positions(visual, 32)
+    assert small.shape == (17, 128) and torch.equal(small[0], visual.positional_embedding[0])
+    ramp = torch.arange(8.0).repeat(8, 1)  # grows along a row of patches
+    fake = type("Visual", (), {"grid_size": (8, 8), "patch_size": (8, 8)})
+    fake.positional_embedding = torch.cat([torch.zeros(1, 1), ramp.reshape(64, 1)])
+    across = pretrain_clip.positions(fake, 32)[1:].view(4, 4)
+    assert torch.allclose(across, across[:1].expand(4, 4)) and (across.diff(dim=1) > 1.5).all()
+
+
+def test_the_loss_is_the_cross_entropy_within_each_group(random_clip, stream):
+    images, captions, groups = stream.batch(64, 12, 3)
+    loss = pretrain_clip.contrastive_loss(
+        random_clip.model, random_clip.tokenizer, (images, captions, groups), torch.device("cpu")
+    )
+    image, total = random_clip.image_features(images), 0.0
+    text = random_clip.encode_text(captions)
+    for rows, target, where in groups:
+        logits = random_clip.logit_scale * image[rows] @ text[where].T
+        total = total - logits.log_softmax(1)[range(len(rows)), target].sum()
+    assert loss.item() == pytest.approx(total.item() / 12, rel=1e-4)
