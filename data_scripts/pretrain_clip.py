@@ -9,9 +9,7 @@ precision WORK/<model>.safetensors with WORK/recipe.json. `data_scripts/clip_car
 """
 
 import argparse
-import functools
 import json
-import math
 import os
 import platform
 import sys
@@ -23,14 +21,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from contrastive import contrastive_loss, image_features, make_model
 from mixture import Mixture
 from muon import Muon
 from safetensors.torch import save_file
 from tqdm import tqdm
 
 from robustvlm_lite import transformer
-from robustvlm_lite.clip import MEAN, STD
-from robustvlm_lite.runtime import asset, sha256, versions
+from robustvlm_lite.runtime import sha256, versions
 
 
 @dataclass
@@ -66,74 +64,6 @@ def size_at(recipe: Recipe, step: int) -> int:
     return recipe.sizes[-1][0]
 
 
-def positions(visual, size: int) -> torch.Tensor:
-    """The position embedding for images of another size, [1 + N, W]."""
-    grid, new = visual.grid_size[0], size // visual.patch_size[0]
-    pos = visual.positional_embedding
-    if new == grid:
-        return pos
-    spatial = pos[1:].T.reshape(1, -1, grid, grid)
-    spatial = F.interpolate(spatial, size=(new, new), mode="bilinear", antialias=True)
-    return torch.cat([pos[:1], spatial.flatten(2)[0].T])
-
-
-def image_features(model, x: torch.Tensor) -> torch.Tensor:
-    mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (MEAN, STD))
-    x = (x - mean) / std
-    if not hasattr(model.visual, "class_embedding"):
-        return F.normalize(model.visual(x).float(), dim=-1)
-    return F.normalize(
-        transformer.image_tokens(model.visual, x, positions(model.visual, x.shape[-1]))[:, 0].float(), dim=-1
-    )
-
-
-def contrastive_loss(model, tokenizer, batch, device) -> torch.Tensor:
-    """Cross-entropy of each image over the captions of its own label set."""
-    x, captions, groups = batch
-    image = image_features(model, x.to(device))
-    text = encode_captions(model, tokenizer(captions).to(device))
-    scale = model.logit_scale.exp().clamp(max=100)
-    with torch.autocast(device.type, enabled=False):  # bfloat16 would round the cosines
-        losses = [
-            F.cross_entropy(
-                scale * image[rows.to(device)] @ text[where.to(device)].T, target.to(device), reduction="sum"
-            )
-            for rows, target, where in groups
-        ]
-    return torch.stack(losses).sum() / len(x)
-
-
-def encode_captions(model, ids: torch.Tensor, buckets: int = 4) -> torch.Tensor:
-    """Unit text features [C, D]; captions of like length go through the text tower together, so little padding is computed."""
-    order = ids.argmax(-1).argsort()
-    text = torch.cat([transformer.text_features(model, part) for part in ids[order].chunk(buckets)])
-    return F.normalize(text.float(), dim=-1)[order.argsort()]
-
-
-def make_model(name: str):
-    import open_clip
-
-    open_clip.add_model_config(asset("clip"))
-    model = open_clip.create_model(name, load_weights=False)
-    encode = open_clip.get_tokenizer(name, bpe_path=str(asset("clip", "bpe.txt.gz")))
-    encode_one = functools.cache(lambda text: encode(text)[0])  # captions repeat from step to step
-
-    def tokenizer(texts: list[str]) -> torch.Tensor:
-        return torch.stack([encode_one(t) for t in texts])
-
-    with torch.no_grad():
-        model.logit_scale.fill_(math.log(1 / 0.07))
-        if hasattr(model.visual, "class_embedding"):  # open_clip leaves the image tower at torch's defaults
-            width = model.visual.transformer.width
-            torch.nn.init.normal_(model.visual.positional_embedding, std=0.02)
-            for block in model.visual.transformer.resblocks:
-                torch.nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
-                torch.nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
-                for p in (block.attn.out_proj.weight, block.mlp.c_proj.weight):
-                    torch.nn.init.zeros_(p)
-    return model, tokenizer
-
-
 def optimizers(model, recipe: Recipe):
     blocks = [(n, p) for n, p in model.named_parameters() if "resblocks" in n and p.ndim == 2]
     chosen = {n for n, _ in blocks}
@@ -154,122 +84,129 @@ def average_gradients(params, world: int) -> None:
 
 
 @torch.no_grad()
-def validation_accuracy(model, tokenizer, mixture: Mixture, n: int = 300) -> dict[str, float]:
+def validation_accuracy(model, tokenizer, mixture: Mixture, device, n: int = 300) -> dict[str, float]:
     """Zero-shot accuracy on training rows that were held back; test splits are never looked at here."""
     result = {}
     for pack in mixture.packs:
         index = pack.validation[:n]
-        x = torch.from_numpy(pack.images[index.numpy()]).float() / 255
+        x = torch.from_numpy(pack.images[index.numpy()]).to(device).float() / 255
         x = F.interpolate(x, size=(64, 64), mode="bilinear") if x.shape[-1] != 64 else x
-        text = transformer.text_features(model, tokenizer([f"a photo of a {c}." for c in pack.class_names]))
+        text = transformer.text_features(model, tokenizer([f"a photo of a {c}." for c in pack.class_names]).to(device))
         prediction = (image_features(model, x) @ F.normalize(text, dim=-1).T).argmax(-1)
-        result[pack.name] = round(float((prediction == pack.labels[index]).float().mean()), 4)
+        result[pack.name] = round(float((prediction.cpu() == pack.labels[index]).float().mean()), 4)
     return result
 
 
-def train(rank: int, recipe: Recipe, data_root: Path, work: Path) -> None:
-    device = torch.device(recipe.device)
-    if device.type == "cpu":
-        torch.set_num_threads(1 if recipe.procs > 1 else os.cpu_count())
-    if recipe.procs > 1:
-        dist.init_process_group(
-            "gloo", f"file://{work}/rendezvous", timeout=timedelta(minutes=10), rank=rank, world_size=recipe.procs
-        )
-    torch.manual_seed(recipe.seed)
-    model, tokenizer = make_model(recipe.model)
-    model = model.to(device).train()
-    mixture = Mixture(data_root, work / "cache", recipe.rendered)
-    params = [p for p in model.parameters() if p.requires_grad]
-    muon, adamw = optimizers(model, recipe)
-    ema = {k: v.clone() for k, v in model.state_dict().items() if v.is_floating_point()}
-    start, spent, state_file = 0, 0.0, work / "state.pt"
-    if state_file.exists():
-        state = torch.load(state_file, map_location=device, weights_only=True)
-        model.load_state_dict(state["model"], strict=False)
-        muon.load_state_dict(state["muon"])
-        adamw.load_state_dict(state["adamw"])
-        ema, start, spent = state["ema"], state["step"], state["seconds"]
-    autocast = torch.autocast(device.type, dtype=torch.bfloat16)
-    began, first = time.monotonic(), rank == 0
-    bar = tqdm(
-        range(start, recipe.steps),
-        initial=start,
-        total=recipe.steps,
-        desc=recipe.model,
-        disable=not first,
-        mininterval=10,
-    )
-    for step in bar:
-        lr = min((step + 1) / recipe.warmup, 1 - step / recipe.steps)
-        for group in muon.param_groups:
-            group["lr"] = recipe.lr_muon * lr
-        for group in adamw.param_groups:
-            group["lr"] = recipe.lr_adamw * lr
-        batch = mixture.batch(size_at(recipe, step), recipe.batch, recipe.seed, step, rank)
-        with autocast:
-            loss = contrastive_loss(model, tokenizer, batch, device)
-        for p in params:
+class Pretraining:
+    """One process of a run: model, optimizers, moving average, and how far they have come. `take_step` moves them on."""
+
+    def __init__(self, recipe: Recipe, data_root: Path, work: Path, rank: int):
+        self.recipe, self.work, self.rank, self.device = recipe, work, rank, torch.device(recipe.device)
+        torch.manual_seed(recipe.seed)
+        self.model, self.tokenizer = make_model(recipe.model)
+        self.model = self.model.to(self.device).train()
+        self.mixture = Mixture(data_root, work / "cache", recipe.rendered)
+        self.params = [p for p in self.model.parameters() if p.requires_grad]
+        self.muon, self.adamw = optimizers(self.model, recipe)
+        self.ema = {k: v.clone() for k, v in self.model.state_dict().items() if v.is_floating_point()}
+        self.step, self.spent, self.began = 0, 0.0, time.monotonic()
+        if (work / "state.pt").exists():
+            self.resume()
+
+    @property
+    def seconds(self) -> float:
+        return self.spent + time.monotonic() - self.began
+
+    def resume(self) -> None:
+        state = torch.load(self.work / "state.pt", map_location=self.device, weights_only=True)
+        self.model.load_state_dict(state["model"], strict=False)
+        self.muon.load_state_dict(state["muon"])
+        self.adamw.load_state_dict(state["adamw"])
+        self.ema, self.step, self.spent = state["ema"], state["step"], state["seconds"]
+
+    def save(self) -> None:
+        state = {"model": self.model.state_dict(), "muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
+        state |= {"ema": self.ema, "step": self.step, "seconds": self.seconds}
+        torch.save(state, self.work / "state.part")
+        os.replace(self.work / "state.part", self.work / "state.pt")
+
+    def take_step(self) -> float:
+        """One batch through the loss and both optimizers; returns the loss."""
+        recipe, step = self.recipe, self.step
+        rate = min((step + 1) / recipe.warmup, 1 - step / recipe.steps)
+        for optimizer, lr in ((self.muon, recipe.lr_muon), (self.adamw, recipe.lr_adamw)):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * rate
+        batch = self.mixture.batch(size_at(recipe, step), recipe.batch, recipe.seed, step, self.rank)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16):
+            loss = contrastive_loss(self.model, self.tokenizer, batch, self.device)
+        for p in self.params:
             p.grad = None
         loss.backward()
         if not torch.isfinite(loss):
-            raise SystemExit(
-                f"the loss is {loss.item()} at step {step}; lower the learning rate and resume from {state_file}"
-            )
-        average_gradients(params, recipe.procs)
-        torch.nn.utils.clip_grad_norm_(params, recipe.clip_norm)
-        muon.step()
-        adamw.step()
+            raise SystemExit(f"the loss is {loss.item()} at step {step}; lower the learning rates and resume from {self.work}")
+        average_gradients(self.params, recipe.procs)
+        torch.nn.utils.clip_grad_norm_(self.params, recipe.clip_norm)
+        self.muon.step()
+        self.adamw.step()
         with torch.no_grad():
-            own = model.state_dict()
-            for k, v in ema.items():
+            own = self.model.state_dict()
+            for k, v in self.ema.items():
                 v.lerp_(own[k], 1 - min(recipe.ema, (step + 1) / (step + 10)))
-        if first and (step % 50 == 49 or step + 1 == recipe.steps):
-            seconds = spent + time.monotonic() - began
-            line = {
-                "step": step + 1,
-                "loss": round(loss.item(), 4),
-                "size": batch[0].shape[-1],
-                "seconds": round(seconds, 1),
-            }
-            if step % 1000 == 999 or step + 1 == recipe.steps:
-                line["validation"] = evaluate_ema(model, tokenizer, mixture, ema)
-            with open(work / "log.jsonl", "a") as f:
-                f.write(json.dumps(line) + "\n")
-            bar.set_postfix(loss=line["loss"])
-        if first and (step % 250 == 249 or step + 1 == recipe.steps):
-            state = {"model": model.state_dict(), "muon": muon.state_dict(), "adamw": adamw.state_dict(), "ema": ema}
-            state |= {"step": step + 1, "seconds": spent + time.monotonic() - began}
-            torch.save(state, work / "state.part")
-            os.replace(work / "state.part", state_file)
+        self.step += 1
+        return loss.item()
+
+    def log(self, loss: float, validate: bool) -> None:
+        line = {"step": self.step, "loss": round(loss, 4), "size": size_at(self.recipe, self.step - 1)}
+        line["seconds"] = round(self.seconds, 1)
+        if validate:
+            own = {k: v.clone() for k, v in self.model.state_dict().items()}
+            self.model.load_state_dict(self.ema, strict=False)
+            line["validation"] = validation_accuracy(self.model, self.tokenizer, self.mixture, self.device)
+            self.model.load_state_dict(own)
+        with open(self.work / "log.jsonl", "a") as f:
+            f.write(json.dumps(line) + "\n")
+
+
+def train(rank: int, recipe: Recipe, data_root: Path, work: Path) -> None:
+    if recipe.device == "cpu":
+        torch.set_num_threads(1 if recipe.procs > 1 else os.cpu_count())
+    if recipe.procs > 1:
+        meeting, wait = f"file://{work}/rendezvous", timedelta(minutes=10)
+        dist.init_process_group("gloo", meeting, timeout=wait, rank=rank, world_size=recipe.procs)
+    run, first = Pretraining(recipe, data_root, work, rank), rank == 0
+    bar = tqdm(initial=run.step, total=recipe.steps, desc=recipe.model, disable=not first, mininterval=10)
+    while run.step < recipe.steps:
+        loss = run.take_step()
+        bar.update()
+        last = run.step == recipe.steps
+        if first and (run.step % 50 == 0 or last):
+            run.log(loss, validate=run.step % 1000 == 0 or last)
+            bar.set_postfix(loss=round(loss, 3))
+        if first and (run.step % 250 == 0 or last):
+            run.save()
     if first:
-        export(recipe, ema, mixture, spent + time.monotonic() - began, work)
+        export(run)
     if recipe.procs > 1:
         dist.barrier()
         dist.destroy_process_group()
 
 
-def evaluate_ema(model, tokenizer, mixture: Mixture, ema: dict) -> dict[str, float]:
-    own = {k: v.clone() for k, v in model.state_dict().items()}
-    model.load_state_dict(ema, strict=False)
-    result = validation_accuracy(model, tokenizer, mixture) if model.logit_scale.device.type == "cpu" else {}
-    model.load_state_dict(own)
-    return result
-
-
-def export(recipe: Recipe, ema: dict, mixture: Mixture, seconds: float, work: Path) -> None:
+def export(run: Pretraining) -> None:
+    """The averaged weights in half precision, and what made them."""
+    recipe, work = run.recipe, run.work
     weights = work / f"{recipe.model}.safetensors"
-    save_file({k: v.half().contiguous().cpu() for k, v in ema.items()}, weights, metadata={"model": recipe.model})
+    save_file({k: v.half().contiguous().cpu() for k, v in run.ema.items()}, weights, metadata={"model": recipe.model})
+    on_cpu = recipe.device == "cpu"
     curve = [json.loads(line) for line in (work / "log.jsonl").read_text().splitlines()]
     made = {
         "recipe": asdict(recipe),
         "images_seen": recipe.steps * recipe.batch * recipe.procs,
-        "train_images": mixture.n_images,
-        "wall_s": round(seconds, 1),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}"
-        if recipe.device == "cpu"
-        else torch.cuda.get_device_name(),
+        "train_images": run.mixture.n_images,
+        "wall_s": round(run.seconds, 1),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}" if on_cpu else torch.cuda.get_device_name(),
         "versions": versions(),
-        "data_sha256": mixture.data_sha256,
+        "data_sha256": run.mixture.data_sha256,
         "weights_sha256": sha256(weights),
         "validation_curve": [line for line in curve if "validation" in line],
     }

@@ -57,8 +57,9 @@ import torch
 from IPython.display import display
 
 if importlib.util.find_spec("robustvlm_lite") is None:  # on Colab
-    address = "git+https://github.com/robustvlm-lite/robustvlm_lite"
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", address], check=True)
+    subprocess.run(["git", "clone", "-q", "https://github.com/robustvlm-lite/robustvlm_lite"], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-e", "robustvlm_lite"], check=True)
+    sys.path.insert(0, "robustvlm_lite")
 
 from robustvlm_lite import attacks, attention, book, defenses, evaluate, plots, sanity
 from robustvlm_lite.book import exercises
@@ -422,7 +423,9 @@ book.show(fig, "paired", alt="Paired differences in robust accuracy to TeCoA wit
 
 # %% [markdown]
 # Three things to look for in the table of attacks. The worst case counts an image as lost if *any* attack flips it, so it
-# is what a user of the defense can rely on. The distance from the PGD column to the AutoAttack column is the part of
+# is what a user of the defense can rely on.
+#
+# The distance from the PGD column to the AutoAttack column is the part of
 # the robustness that belonged to the attack's weakness. And the map attack, which knows of the springs, should not do
 # better than the margin alone unless the springs hide something.
 #
@@ -457,7 +460,7 @@ book.table(moved, caption=caption)
 
 # %%
 searched = defenses.search_results(clip.name)
-grid_values = {(r["alpha"], r["beta"]): 100 * r["robust"] for r in searched["runs"] if "alpha" in r}
+grid_values = {(r["alpha"], r["beta"]): r["robust"] for r in searched["runs"] if "alpha" in r}
 fig = plots.ablation_grid(
     grid_values, rows="α (refinement)", columns="β (constraint)", mark=(sizes.tga["alpha"], sizes.tga["beta"])
 )
@@ -485,7 +488,9 @@ book.show(fig, "cost", alt="Scatter of seconds per training step against robust 
           caption=f"Price and yield of training: seconds a step of {sizes.training['batch']} images as measured when each was trained.")  # fmt: skip
 
 # %% [markdown]
-# What does it cost? At test time nothing: the defended model is a CLIP with other weights. In training, TGA-ZSR adds one
+# What does it cost? At test time nothing: the defended model is a CLIP with other weights.
+#
+# In training, TGA-ZSR adds one
 # clean forward and backward pass to the two attack passes and the adversarial pass of TeCoA. The frozen maps cost one
 # pass over the training set, once. The released order of operations is slower; `benchmarks/tga_step.py` measures by
 # how much on your machine.
@@ -498,7 +503,9 @@ book.show(fig, "cost", alt="Scatter of seconds per training step against robust 
 # ## Verdict
 #
 # The rules compare methods by paired intervals over the images of one training run each. They say nothing about ViT-B/32
-# at 224 pixels, and nothing about the spread over training seeds. A verdict of `not_reproduced` at this scale means
+# at 224 pixels, and nothing about the spread over training seeds.
+#
+# A verdict of `not_reproduced` at this scale means
 # that the direction of the claim did not show on these models and images; it does not mean that the authors' numbers
 # are wrong. Each line names its profile, data, n, attack and budget.
 

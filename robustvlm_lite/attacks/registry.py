@@ -188,7 +188,7 @@ def _check_suffixes(spec, family, steps, restarts, variant) -> None:
 class ObjectiveAttack(Attack):
     """PGD-`n_steps` on an objective of one's own: how a chapter writes an adaptive attack.
 
-    make(model, x, y) returns the objective to maximise [B]; `name` and params["objective"] say what it is.
+    make(model, x, y) returns the objective to maximize [B]; `name` and params["objective"] say what it is.
     """
 
     make: Callable | None = field(default=None, compare=False)

@@ -12,11 +12,12 @@ from html import escape
 from numbers import Integral, Real
 from textwrap import shorten
 
+from ..plots.style import DPI
 from ..runtime import UserError
 
 MAX_COLUMNS = 7
 CARD_ANCHOR = "rvl-card"  # the footer of a chapter carries it; every table of results links there
-DPI, CSS_DPI = 150, 96
+CSS_DPI = 96
 LEGIBLE = 0.7  # a picture is shrunk no further than this; below, it scrolls
 PANELS = "display:flex;flex-wrap:wrap;align-items:flex-start;gap:0.5rem;overflow-x:auto"
 SCROLL = '<div class="rvl-scroll" style="overflow-x:auto">'
