@@ -144,7 +144,9 @@ class Pretraining:
             p.grad = None
         loss.backward()
         if not torch.isfinite(loss):
-            raise SystemExit(f"the loss is {loss.item()} at step {step}; lower the learning rates and resume from {self.work}")
+            raise SystemExit(
+                f"the loss is {loss.item()} at step {step}; lower the learning rates and resume from {self.work}"
+            )
         average_gradients(self.params, recipe.procs)
         torch.nn.utils.clip_grad_norm_(self.params, recipe.clip_norm)
         self.muon.step()

@@ -1,4 +1,4 @@
-"""The scripts that made the bundled CLIP: optimizer, stream of captions, vocabulary, sizes."""
+"""The scripts that made the bundled CLIP: stream of captions, vocabulary, sizes, loss."""
 
 import csv
 import gzip
@@ -6,6 +6,7 @@ import io
 import json
 import re
 
+import contrastive
 import learn_bpe
 import mixture
 import numpy as np
@@ -15,65 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from mixture import Mixture
-from muon import Muon, orthogonalize
 from PIL import Image
 
 from robustvlm_lite import scenes
 from robustvlm_lite.runtime import asset
-
-# --- Muon
-
-
-@pytest.mark.parametrize("rows, cols", [(32, 32), (32, 128), (128, 384)])
-def test_orthogonalize_brings_singular_values_near_one(rows, cols):
-    g = torch.randn(3, rows, cols, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-4, 1.0, 1e3]).view(
-        3, 1, 1
-    )
-    before, after = torch.linalg.svdvals(g), torch.linalg.svdvals(orthogonalize(g))
-    kept = before > 0.05 * before.amax(1, keepdim=True)  # five iterations cannot lift what is nearly zero
-    assert kept.float().mean() > 0.8
-    assert after[kept].min() > 0.5 and after.max() < 1.35
-    u, _, vh = torch.linalg.svd(g, full_matrices=False)
-    aligned = (orthogonalize(g) * (u @ vh)).sum((1, 2)) / rows
-    assert (aligned > 0.7).all(), "the nearest orthogonal matrix keeps the singular vectors"
-
-
-def test_muon_steps_have_one_size_for_every_shape_and_follow_the_gradient():
-    shapes = {"wide.weight": (16, 64), "tall.weight": (64, 16), "attn.in_proj_weight": (48, 16)}
-    params = [(n, torch.nn.Parameter(torch.zeros(s))) for n, s in shapes.items()]
-    optimizer = Muon(params, lr=0.1)
-    g = torch.Generator().manual_seed(0)
-    for _, p in params:
-        p.grad = torch.randn(p.shape, generator=g)
-    optimizer.step()
-    for name, p in params:
-        assert (p * p.grad).sum() < 0, "downhill"
-        scale = {"wide.weight": 1, "tall.weight": 2, "attn.in_proj_weight": 1}[name]  # sqrt(rows / cols) where tall
-        for part in p.detach().chunk(3 if "in_proj" in name else 1):
-            assert 0.5 * 0.1 * scale < torch.linalg.svdvals(part).median() < 1.35 * 0.1 * scale, name
-
-
-def test_muon_splits_in_proj_into_query_key_and_value():
-    """A loud value part must not drown the query's update, as it would in one matrix."""
-    p = torch.nn.Parameter(torch.zeros(24, 8))
-    p.grad = (
-        torch.randn(24, 8, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-3] * 8 + [1.0] * 16)[:, None]
-    )
-    Muon([("block.attn.in_proj_weight", p)], lr=1.0).step()
-    norms = [part.detach().norm().item() for part in p.chunk(3)]
-    assert max(norms) < 1.5 * min(norms)
-
-
-def test_muon_keeps_momentum():
-    p = torch.nn.Parameter(torch.eye(8))
-    optimizer = Muon([("w", p)], lr=0.1)
-    p.grad = torch.eye(8)
-    optimizer.step()
-    moved = p.detach().clone()
-    p.grad = torch.zeros(8, 8)
-    optimizer.step()
-    assert (p - moved).norm() > 0.1, "a zero gradient still moves"
-
 
 # --- the stream
 
@@ -183,8 +129,20 @@ def test_captions_name_the_class_of_the_stored_row(stream, packs):
     assert [names[c] for c in coarse[:10]] == ["first half"] * 5 + ["second half"] * 5
 
 
-def test_copies_and_validation_rows_are_not_trained_on(stream):
+def test_copies_and_validation_rows_are_not_trained_on(stream, monkeypatch):
+    used = set()
+
+    def watch(images, size, g):
+        used.update(image.numpy().tobytes() for image in images)
+        return torch.zeros(len(images), 3, size, size)
+
+    monkeypatch.setattr(mixture, "augment", watch)
+    for step in range(4):
+        stream.batch(32, 400, step)
+    assert len(used) > 300
     for pack in stream.packs:
+        kept_out = [i for i in range(60) if i not in pack.train]
+        assert not used & {pack.images[i].tobytes() for i in kept_out}
         train, validation = set(pack.train.tolist()), set(pack.validation.tolist())
         assert validation and not train & validation
         assert train | validation == set(range(60)) - ({7} if pack.name == "stl10" else set())
@@ -273,19 +231,19 @@ def test_sizes_have_their_shares_of_the_steps():
 
 def test_positions_are_the_models_own_at_its_size_and_shrink_with_the_image(random_clip):
     visual = random_clip.visual
-    assert pretrain_clip.positions(visual, 64) is visual.positional_embedding
-    small = pretrain_clip.positions(visual, 32)
+    assert contrastive.positions(visual, 64) is visual.positional_embedding
+    small = contrastive.positions(visual, 32)
     assert small.shape == (17, 128) and torch.equal(small[0], visual.positional_embedding[0])
     ramp = torch.arange(8.0).repeat(8, 1)  # grows along a row of patches
     fake = type("Visual", (), {"grid_size": (8, 8), "patch_size": (8, 8)})
     fake.positional_embedding = torch.cat([torch.zeros(1, 1), ramp.reshape(64, 1)])
-    across = pretrain_clip.positions(fake, 32)[1:].view(4, 4)
+    across = contrastive.positions(fake, 32)[1:].view(4, 4)
     assert torch.allclose(across, across[:1].expand(4, 4)) and (across.diff(dim=1) > 1.5).all()
 
 
 def test_the_loss_is_the_cross_entropy_within_each_group(random_clip, stream):
     images, captions, groups = stream.batch(64, 12, 3)
-    loss = pretrain_clip.contrastive_loss(
+    loss = contrastive.contrastive_loss(
         random_clip.model, random_clip.tokenizer, (images, captions, groups), torch.device("cpu")
     )
     image, total = random_clip.image_features(images), 0.0
@@ -294,3 +252,22 @@ def test_the_loss_is_the_cross_entropy_within_each_group(random_clip, stream):
         logits = random_clip.logit_scale * image[rows] @ text[where].T
         total = total - logits.log_softmax(1)[range(len(rows)), target].sum()
     assert loss.item() == pytest.approx(total.item() / 12, rel=1e-4)
+
+
+def test_a_resumed_run_is_the_same_run(packs, tmp_path):
+    recipe = pretrain_clip.Recipe(steps=4, batch=6, procs=1, warmup=1)
+    whole = pretrain_clip.Pretraining(recipe, packs, tmp_path / "whole", rank=0)
+    losses = [whole.take_step() for _ in range(4)]
+    first = pretrain_clip.Pretraining(recipe, packs, tmp_path / "cut", rank=0)
+    first.take_step()
+    first.take_step()
+    first.save()
+    first.take_step()  # lost, as by a kill before the next save
+    resumed = pretrain_clip.Pretraining(recipe, packs, tmp_path / "cut", rank=0)
+    assert resumed.step == 2 and [resumed.take_step() for _ in range(2)] == losses[2:]
+    for run in (whole, resumed):
+        run.log(losses[-1], validate=False)
+        pretrain_clip.export(run)
+    made = [json.loads((tmp_path / run / "recipe.json").read_text()) for run in ("whole", "cut")]
+    assert made[0]["weights_sha256"] == made[1]["weights_sha256"] and made[0]["images_seen"] == 24
+    assert (tmp_path / "cut" / "nano.safetensors").stat().st_size < 5e6

@@ -81,6 +81,19 @@ def test_weights_follow_the_seed_bit_for_bit(random_clip):
     assert not torch.equal(other.clip.visual.conv1.weight, first.clip.visual.conv1.weight)
 
 
+def test_each_step_attacks_from_a_start_of_its_own(random_clip):
+    """The released successor seeds anew inside the loss, so that every batch gets the same start."""
+    starts = []
+
+    def watched(objective, x, generators):
+        starts.append(torch.rand(4, generator=generators).tolist())
+        return x
+
+    for name, seed in (("TeCoA", 0), ("TeCoA", 1), ("FT-adv", 0)):
+        fit(name, random_clip, attack=watched, seed=seed)
+    assert len({tuple(s) for s in starts}) == 6
+
+
 def test_a_clean_fine_tune_learns(random_clip):
     training = Training(steps=30, batch=6, optimizer="adamw", lr=1e-3, warmup=1, precision=torch.bfloat16)
     defense = fit("FT-clean", random_clip, photos(6), training, attack=None)
