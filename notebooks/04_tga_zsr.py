@@ -79,7 +79,7 @@ book.claims_table("04_tga_zsr", card=book.committed_card("04_tga_zsr", profile))
 #
 # ## See the problem first
 #
-# The photograph below was never seen in training. Twenty steps of projected gradient descent (PGD) change no pixel by
+# The photograph below was never seen in training. A few steps of projected gradient descent (PGD) change no pixel by
 # more than the budget, and the undefended model names something else.
 
 # %%
@@ -160,7 +160,7 @@ torch.testing.assert_close(my_text_map(tokens, text[y[:8]]), attention.text_map(
 # block {cite}`zhou2022maskclip`, and the same minus the mean caption.
 
 # %%
-scenes = run.load("scenes/pair", n=n or 128)
+scenes = run.load("scenes/pair", n=n or 100)
 scene_model = clip.classifier(scenes.class_names, scenes.templates)
 keys = [(seed, "map", i) for i in range(len(scenes))]
 scene_adv = pgd.run(scene_model.fast(), scenes.pixels(), scenes.labels, threat, keys)
@@ -241,7 +241,7 @@ def my_terms(defense, clip, x_adv, x, y, text, alpha=0.08, beta=0.05):
 
 
 untrained = defenses.build("TGA-ZSR", clip)
-[round(float(term), 2) for term in my_terms(untrained, clip, x_adv, x[first], x[first], y[first], text)]
+[round(float(term), 2) for term in my_terms(untrained, clip, x_adv, x[first], y[first], text)]
 
 # %% [markdown]
 # ## Paper versus code
@@ -400,10 +400,10 @@ def map_and_margin(model, x, y, weight=0.1):
     return objective
 
 
-map_attack = attacks.attack_on(map_and_margin, "map+margin-20")
+map_attack = attacks.attack_on(map_and_margin, f"map+margin-{pgd.n_steps}", pgd.n_steps)
 
 # %%
-strong = [attacks.get_attack("cw-20"), map_attack, attacks.get_attack(sizes.autoattack)]
+strong = [attacks.get_attack(sizes.pgd.replace("pgd", "cw")), map_attack, attacks.get_attack(sizes.autoattack)]
 STRONG = ["CLIP", "TeCoA", "PMG-AFT", "TGA-ZSR"]
 attacked = [r for r in rows if r.dataset == photos.name and r.method in STRONG]
 attacked += [r for m in STRONG for r in book.measure(run, models[m], photos, [(attack, threat) for attack in strong])]
