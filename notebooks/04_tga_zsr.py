@@ -268,7 +268,7 @@ def pull(metric):
 tokens = clip.tokens(x).detach()
 by_norm = {k: attention.text_map(tokens, text[y], k).flatten() for k in attention.TOKEN_NORMS}
 same = {k: torch.corrcoef(torch.stack([m, by_norm["feature_axis"]]))[0, 1].item() for k, m in by_norm.items()}
-dead = {q: attacks.zero_gradient_share(attacks.cross_entropy(model, y, quirk_fp16_mean=q), x[:32]).mean().item() for q in (True, False)}
+dead = {q: attacks.zero_gradient_share(attacks.cross_entropy(model, y[:32], quirk_fp16_mean=q), x[:32]).mean().item() for q in (True, False)}
 effects = [("token_norm", k, "correlation with the cosine map", f"{v:.3f}") for k, v in same.items()]
 effects += [("metric", k, "L2's gradient over this one's", f"{pull('l2') / pull(k):.3g}") for k in attention.METRICS]
 effects += [("quirk_fp16_mean", q, "pixels without any gradient", f"{100 * v:.1f} %") for q, v in dead.items()]

@@ -20,7 +20,7 @@ TYPES = {"bool": bool, "int": int, "float": float, "str": str}
 WANTED = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
 OPTIONS = ("profile", "seed")  # parameters of every chapter with an option of their own
 OUT = "ROBUSTVLM_OUT"  # environment variable that tells the chapter its folder
-NOISE = "--IPKernelApp.log_level=CRITICAL"  # a kernel warns of TCP, and complains when it is stopped; cells tell their own
+NOISE = "--IPKernelApp.log_level=CRITICAL"  # what a kernel logs about its sockets; cells report their own errors
 
 
 class RunError(RuntimeError):
