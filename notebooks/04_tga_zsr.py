@@ -195,8 +195,9 @@ book.show(fig, "maps", alt="Three rendered scenes, clean and attacked, each with
 #
 # The paper upsamples each map to 224 × 224 pixels and takes an *unsquared* Euclidean norm over all of them:
 #
-# $$L_{AR} = \tfrac1B \sum_i \big\| U A(x_{a,i};\theta) - U A(x_i;\theta_0) \big\|_2, \qquad
-# L_{AMC} = \tfrac1B \sum_i \big\| U A(x_i;\theta) - U A(x_i;\theta_0) \big\|_2 .$$
+# $$L_{AR} = \tfrac1B \sum_i \big\| U A(x_{a,i};\theta) - U A(x_i;\theta_0) \big\|_2$$
+#
+# $$L_{AMC} = \tfrac1B \sum_i \big\| U A(x_i;\theta) - U A(x_i;\theta_0) \big\|_2$$
 #
 # Upsampling is linear, so $\|U d\|_2 = \sqrt{d^\top G d}$ with a constant matrix $G$ of size N × N. No picture has to
 # be in the training graph.
@@ -241,7 +242,7 @@ def my_terms(defense, clip, x_adv, x, y, text, alpha=0.08, beta=0.05):
 
 
 untrained = defenses.build("TGA-ZSR", clip)
-[round(float(term), 2) for term in my_terms(untrained, clip, x_adv, x[first], y[first], text)]
+[round(term.item(), 2) for term in my_terms(untrained, clip, x_adv, x[first], y[first], text)]
 
 # %% [markdown]
 # ## Paper versus code
@@ -305,13 +306,12 @@ RIVALS = ["CLIP", "FT-clean", "FT-adv", "TeCoA", "PMG-AFT", "FARE", "TGA-ZSR", "
 models = {name: book.defended(run, name, train_sets, train_attack) for name in RIVALS}
 terms = {k: [h[k] for h in models["TGA-ZSR"].history] for k in ("ce", "ar", "amc")}
 book.show(plots.convergence(terms, quantity="weighted loss term", steps="training step"), "training",
-          alt="Three curves over training steps: cross-entropy falls, the two attention terms rise from zero and settle",
+          alt="Three curves over training steps: cross-entropy falls, the two attention terms stay small beside it",
           caption="The three terms of Eq. 8 while TGA-ZSR trains on attacked images.")  # fmt: skip
 
 # %% [markdown]
-# The two attention terms start near zero: before the first step the trained tower *is* the frozen one, and only the
-# attack separates the maps. They rise as cross-entropy moves the weights, and settle where their constant force balances
-# it.
+# $L_{AMC}$ starts at zero, because before the first step the trained tower *is* the frozen one. $L_{AR}$ starts at what the
+# attack alone does to the map. Both move as cross-entropy changes the weights, until their constant force balances it.
 #
 # A term that stayed at zero would mean that a map had been cut from the graph, as it is in the released
 # vision-based baseline.
@@ -347,16 +347,16 @@ book.published_table("04_tga_zsr")
 # %%
 CURVES = ["CLIP", "FT-clean", "TeCoA", "PMG-AFT", "TGA-ZSR"]
 grid = [(pgd, ThreatModel(eps)) for eps in sizes.eps_grid]
+figs = []
 for images in tuned:
     curve = [row for name in CURVES for row in book.measure(run, models[name], images, grid)]
-    fig = plots.accuracy_vs_eps(curve, chance=1 / len(images.class_names), order=CURVES)
-    book.show(fig, f"curve-{images.name.replace('/', '-')}",
-              alt=f"Accuracy of five methods on {images.name} falling with the attack budget, down to chance",
-              caption=f"{images.name}: accuracy under {pgd.label} against ε, n = {len(images)}, 95 % intervals.")  # fmt: skip
+    figs.append(plots.accuracy_vs_eps(curve, chance=1 / len(images.class_names), order=CURVES))
+book.show(figs, "curves", alt="Accuracy of five methods falling with the attack budget, down to chance, one panel a dataset",
+          caption=f"Accuracy under {pgd.label} against ε, 95 % intervals.")  # fmt: skip
 
 # %% [markdown]
-# The papers' budget, 1/255, is where our undefended model has lost part of its accuracy; at 2 and 4/255 it has lost
-# nearly all of it and the defenses separate. The training attack knew one budget; the curves to its right show what a
+# At the papers' budget, 1/255, our undefended model has lost part of its accuracy; at 2/255 most of it, at 4/255 nearly
+# all, and there the defenses separate. The training attack knew one budget; the curves to its right show what a
 # method does when the attacker brings more.
 #
 # A curve that stayed up at 8/255 would mean a masked gradient, not a robust model. The fall to chance is the first
@@ -409,6 +409,8 @@ attacked = [r for r in rows if r.dataset == photos.name and r.method in STRONG]
 attacked += [r for m in STRONG for r in book.measure(run, models[m], photos, [(attack, threat) for attack in strong])]
 worst = [evaluate.worst_case([r for r in attacked if r.method == m]) for m in STRONG]
 run.card.add(worst)
+for r in worst:
+    book.glue(f"worst-{r.method}", 100 * r.value)
 columns = {a.name: {"attack": a.name, "metric": "robust_acc"} for a in (pgd, *strong)}
 columns["worst case"] = {"metric": "robust_acc_worst"}
 caption = f"{photos.name}, ε = {eps_255:g}/255: every attack on one and the same checkpoint, then the worst case per image."
@@ -567,6 +569,9 @@ exercises.check_attention_attack(move_map_alone, clip, photos)
 # %% [markdown]
 # ## Takeaways
 #
+# - On photographs of classes that it was tuned on, the worst case over all attacks of this page leaves TGA-ZSR
+#   {glue:text}`worst-TGA-ZSR:.0f` of 100 images, TeCoA {glue:text}`worst-TeCoA:.0f`, PMG-AFT
+#   {glue:text}`worst-PMG-AFT:.0f` and the undefended model {glue:text}`worst-CLIP:.0f`.
 # - The map of TGA-ZSR is a dot product of patch tokens with text, off the causal path of the prediction; on small CLIPs
 #   it is inverted.
 # - Its two losses are constant forces on shared weights. Whether they help beyond adversarial cross-entropy is a matter
