@@ -88,7 +88,7 @@ model = clip.classifier(photos.class_names, photos.templates)
 x, y, text = photos.pixels(), photos.labels, model.text_features
 with torch.no_grad():
     right = (model(x[:32]).argmax(1) == y[:32]).nonzero()[:, 0]
-first = right[:1]  # rule: the first image of the seeded subset that the model knows
+first = right[:1] if len(right) else torch.tensor([0])  # rule: the first image of the subset that the model knows
 pgd = attacks.get_attack(sizes.pgd)
 x_adv = pgd.run(model, x[first], y[first], threat, [(seed, photos.name, "first")])
 with torch.no_grad():

@@ -98,7 +98,9 @@ def check_attention_attack(
     x, y = data.pixels().to(text_features.device), data.labels.to(text_features.device)
     with torch.no_grad():
         correct = (clip.logits(x, text_features).argmax(1) == y).nonzero()[:n, 0]
-    assert len(correct), f"No image of {data.name} is classified correctly; choose other data for this exercise."
+    if not len(correct):
+        print(f"not judged: the model classifies no image of {data.name} correctly, so no prediction could stay")
+        return
     x, y = x[correct], y[correct]
 
     def map_of(images):

@@ -145,8 +145,8 @@ def test_attention_wrong(fn, hint):
         exercises.check_attention_attack(fn, ToyCLIP(), toy_data())
 
 
-def test_attention_needs_images_that_are_classified_correctly():
+def test_attention_is_not_judged_without_a_correct_image(capsys):
     data = toy_data()
     wrong = ImageSet(data.name, data.images, (data.labels + 1) % 3, data.class_names, data.templates)
-    with pytest.raises(AssertionError, match="No image of toy/halves"):
-        exercises.check_attention_attack(objective_for(), ToyCLIP(), wrong)
+    exercises.check_attention_attack(objective_for(), ToyCLIP(), wrong)
+    assert capsys.readouterr().out.startswith("not judged: the model classifies no image of toy/halves correctly")
