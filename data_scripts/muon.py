@@ -21,9 +21,9 @@ def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalized; `in_proj` matrices are split into their query, key and value parts."""
 
-    def __init__(self, named_params, lr: float = 0.015, momentum: float = 0.95):
+    def __init__(self, named_params, lr: float = 0.015, momentum: float = 0.95, weight_decay: float = 0.0):
         self.parts = {id(p): 3 if "in_proj" in name else 1 for name, p in named_params}
-        super().__init__([p for _, p in named_params], {"lr": lr, "momentum": momentum})
+        super().__init__([p for _, p in named_params], {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self):
@@ -33,6 +33,9 @@ class Muon(torch.optim.Optimizer):
                 buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 buffer.lerp_(p.grad, 1 - group["momentum"])
                 update = p.grad.lerp(buffer, group["momentum"])
+                p.mul_(
+                    1 - group["lr"] * group["weight_decay"]
+                )  # else the matrices grow and the steps shrink beside them
                 for whole, piece in zip(p.chunk(self.parts[id(p)]), update.chunk(self.parts[id(p)]), strict=True):
                     tall = piece.shape[0] > piece.shape[1]
                     shapes.setdefault(tuple(sorted(piece.shape)), []).append((whole, piece.mT if tall else piece, tall))

@@ -48,6 +48,7 @@ class Recipe:
     )  # image side and its share of the steps: tokens are short at first
     lr_muon: float = 0.015  # block matrices
     lr_adamw: float = 0.002  # the rest
+    weight_decay_muon: float = 0.1  # 1,200 steps at 32 px: mean of seven packs 28.5 with it, 25.5 without
     weight_decay: float = 0.05
     warmup: int = 80
     clip_norm: float = 1.0
@@ -70,7 +71,9 @@ def optimizers(model, recipe: Recipe):
     decay = [p for n, p in model.named_parameters() if n not in chosen and p.ndim >= 2]
     plain = [p for n, p in model.named_parameters() if n not in chosen and p.ndim < 2]
     groups = [{"params": decay, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return Muon(blocks, lr=recipe.lr_muon), torch.optim.AdamW(groups, lr=recipe.lr_adamw, betas=(0.9, 0.98), fused=True)
+    return Muon(blocks, lr=recipe.lr_muon, weight_decay=recipe.weight_decay_muon), torch.optim.AdamW(
+        groups, lr=recipe.lr_adamw, betas=(0.9, 0.98), fused=True
+    )
 
 
 def average_gradients(params, world: int) -> None:

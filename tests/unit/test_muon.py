@@ -54,3 +54,12 @@ def test_muon_keeps_momentum():
     p.grad = torch.zeros(8, 8)
     optimizer.step()
     assert (p - moved).norm() > 0.1, "a zero gradient still moves"
+
+
+def test_muon_weight_decay_shrinks_a_matrix_by_rate_times_decay():
+    start = torch.randn(8, 8, generator=torch.Generator().manual_seed(1))
+    decayed, plain = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    for p, decay in ((decayed, 0.5), (plain, 0.0)):
+        p.grad = torch.ones(8, 8)
+        Muon([("mlp.weight", p)], lr=0.1, weight_decay=decay).step()
+    torch.testing.assert_close(decayed.detach(), plain.detach() - 0.05 * start)
