@@ -87,6 +87,7 @@ def train(seed: int, only: list[str]) -> None:
         facts = {
             "training": {**asdict(training), "precision": str(training.precision)},
             "seed": seed,
+            "eps_255": sizes.eps_train,
             "data_sha256": [s.sha256 for s in sets],
         }
         facts |= {"config": asdict(defense.config)} if hasattr(defense, "config") else {}

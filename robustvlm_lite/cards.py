@@ -210,6 +210,8 @@ def comparable(card: dict) -> dict:
     card = deepcopy(card)
     for row in card["rows"]:
         row.pop("seconds")
+        if row["metric"] == "train_s":
+            row |= {"value": None, "ci95": None}
     for field in ("wall_s", "started"):
         card["provenance"].pop(field)
     return card

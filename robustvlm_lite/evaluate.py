@@ -43,7 +43,7 @@ def evaluate(
     that are classified correctly when clean are attacked: an attacker may leave an image alone, so the others are lost
     already. Every attacked batch is audited; verdicts come from a fresh forward without autocast.
 
-    Raises UserError on unusable arguments, AuditError on an attack outside its budget, RuntimeError on NaN logits.
+    Raises UserError on unusable arguments and on NaN logits, AuditError on an attack outside its budget.
     """
     surface = model if surface is None else surface
     plan = [(_label(attack, threat), attack, threat) for attack, threat in attacks]
@@ -220,7 +220,7 @@ class _Run:
             logits = self.model(x)
         if not torch.isfinite(logits).all():
             batch = f"the batch of images {index[0]} to {index[-1]}"
-            raise RuntimeError(f"{self.cell}: logits are NaN or infinite on {batch}; check the weights")
+            raise UserError(f"{self.cell}: expected finite logits, got NaN or infinity on {batch}; check the weights")
         others = logits.scatter(1, y[:, None], -torch.inf)
         margin = logits.gather(1, y[:, None])[:, 0] - others.amax(dim=1)
         return logits.argmax(dim=1).cpu().numpy(), margin.float().cpu().numpy()

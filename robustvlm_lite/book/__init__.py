@@ -1,7 +1,7 @@
 """What a chapter's notebook calls: start and footer, figures, tables, glued numbers, and exercises that answer back."""
 
 from .markup import Html, table
-from .measure import committed_card, defended, images, map_facts, measure, measure_maps
+from .measure import committed_card, defended, images, map_facts, measure, measure_maps, training_cost
 from .run import Run, footer, glue, show, start
 from .tables import accuracy_table, claims_table, published_table, sanity_table
 
@@ -23,4 +23,5 @@ __all__ = [
     "show",
     "start",
     "table",
+    "training_cost",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import attention, defenses, evaluate
 from ..cards import load_card
+from ..clip import ZeroShotCLIP
 from ..data import ImageSet
 from ..defenses import Defense, Training
 from ..records import Row
@@ -19,9 +20,13 @@ from ..stats import bootstrap_mean
 
 
 def images(run, name_and_n: Sequence, split: str = "test") -> ImageSet:
-    """A dataset of the profile, given as [name, n]; the chapter's parameter n, if any, takes the place of the profile's."""
+    """A dataset of the profile, given as [name, n]; the chapter's parameter n, if any, takes the place of the profile's.
+
+    It does not cut what ships with the book for training: bundled checkpoints saw all of that.
+    """
     name, n = name_and_n
-    asked = run.parameters.get("n", 0)
+    whole = split == "train" and name.startswith(("photos/", "scenes/"))
+    asked = 0 if whole else run.parameters.get("n", 0)
     return run.load(name, split, n=asked or n)
 
 
@@ -38,7 +43,9 @@ def defended(run, name: str, train_sets: Sequence[ImageSet] = (), attack=None) -
     if name == "CLIP":
         return Defense(clip)
     if name not in run.sizes.train_live:
-        return defenses.load_defense(name, clip)
+        found = defenses.load_defense(name, clip)
+        _require_same_training(run, found, train_sets)
+        return found
     defense, plan = defenses.build(name, clip, **run.sizes.tga), training(run)
     kept = run.out / "trained" / f"{defenses.checkpoint(name, clip.name).stem}.safetensors"
     key = {"training": {**asdict(plan), "precision": str(plan.precision)}, "seed": run.seed, "tga": run.sizes.tga}
@@ -56,11 +63,40 @@ def defended(run, name: str, train_sets: Sequence[ImageSet] = (), attack=None) -
     return defense
 
 
+def _require_same_training(run, defense: Defense, train_sets: Sequence[ImageSet]) -> None:
+    """Methods are compared on what they learned from: raises UserError for a checkpoint of other images or budget."""
+    facts = defense.facts
+    wanted = {"data_sha256": [s.sha256 for s in train_sets], "eps_255": run.sizes.eps_train}
+    other = [name for name, value in wanted.items() if facts.get(name) != value]
+    if other:
+        raise UserError(
+            f"the bundled checkpoint of {defense.name} was trained with another {' and '.join(other)} than this profile's: "
+            "add the method to the profile's train_live, or make the checkpoints again (make checkpoints)"
+        )
+
+
 def _read(path: Path, key: dict) -> dict | None:
     facts = defenses.read_facts(path)
     if facts["key"] != json.loads(json.dumps(key)):
         return None
     return facts | {"weights": load_file(path)}
+
+
+def training_cost(run, names: Sequence[str], train_sets: Sequence[ImageSet], attack, steps: int = 3) -> list[Row]:
+    """Seconds of a training step, all methods one after the other on this machine, as card rows of metric train_s.
+
+    n is the number of steps behind the mean. Nothing of this training is kept.
+    """
+    plan, clip, rows = replace(training(run), steps=steps), run.load_clip(), []
+    batch = train_sets[0].take(range(min(plan.batch, len(train_sets[0]))))
+    for name in names:
+        defense = defenses.build(name, clip, **run.sizes.tga)
+        defense.fit(batch, attack=attack, training=plan, seed=run.seed, progress=False)
+        seconds, extra = defense.seconds_per_step, {"seed": run.seed, "batch": len(batch)}
+        place = {"method": name, "dataset": batch.name, "attack": "none", "eps_255": run.sizes.eps_train}
+        rows.append(Row(**place, metric="train_s", n=steps, value=seconds, ci95=(seconds, seconds), extra=extra))
+    run.card.add(rows)
+    return rows
 
 
 def measure(run, defense: Defense, data: ImageSet, attacks: Sequence) -> list[Row]:
@@ -97,16 +133,23 @@ def committed_card(chapter: str, profile: str) -> dict | None:
 
 
 @torch.no_grad()
-def map_facts(defense: Defense, data: ImageSet, x_adv: Tensor) -> dict[str, float]:
-    """Of attacked images: how far the text-guided map moved (as a share of its own length), its overlap with the object,
-    and how many predictions are right."""
+def map_facts(defense: Defense, original: ZeroShotCLIP, data: ImageSet, x_adv: Tensor) -> dict[str, float]:
+    """Of attacked scenes: how far the text-guided map moved, its overlap with the object, how many predictions are right.
+
+    Movements are shares of the starting map's length: from the defense's own clean map, and from the original model's.
+    """
     model = defense.classifier(data.class_names, data.templates)
     text = model.text_features[data.labels]
-    clean, adv = (attention.text_map(defense.clip.tokens(x), text) for x in (data.pixels(), x_adv))
-    share = attention.map_distance(clean, adv) / attention.map_distance(clean, torch.zeros_like(clean)).clamp_min(1e-6)
-    right = (model(x_adv).argmax(1) == data.labels).float()
+    adv = attention.text_map(defense.clip.tokens(x_adv), text)
+
+    def moved_from(clip: ZeroShotCLIP) -> float:
+        home = attention.text_map(clip.tokens(data.pixels()), text)
+        length = attention.map_distance(home, torch.zeros_like(home)).clamp_min(1e-6)
+        return (attention.map_distance(home, adv) / length).mean().item()
+
     return {
-        "map shift": share.mean().item(),
+        "from own clean map": moved_from(defense.clip),
+        "from original's map": moved_from(original),
         "map IoU": attention.map_iou(adv, data.masks).mean().item(),
-        "accuracy": right.mean().item(),
+        "accuracy": (model(x_adv).argmax(1) == data.labels).float().mean().item(),
     }

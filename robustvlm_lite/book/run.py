@@ -58,9 +58,12 @@ class Run:
         return self._clip
 
     def load(self, name: str, split: str = "test", n: int = 0) -> ImageSet:
-        """A data set by name at the CLIP's image size; n > 0: a class-balanced subset drawn by the run's seed."""
-        size = self.load_clip().image_size
-        return data.load(name, split, data_root=self.data_root, size=size, n=n, seed=self.seed)
+        """A data set by name at the CLIP's image size; n > 0: a class-balanced subset drawn by the run's seed.
+
+        Training images are the same for every seed, as for the bundled checkpoints.
+        """
+        size, seed = self.load_clip().image_size, self.seed if split == "test" else 0
+        return data.load(name, split, data_root=self.data_root, size=size, n=n, seed=seed)
 
     def finish(self) -> Path:
         """Decide the claims, write examples.parquet and then card.json; returns the path of the card.
@@ -87,7 +90,8 @@ def start(
 
     out: folder of the card, figures and finished cells; empty takes the one that `robustvlm run` names in the
     environment, or makes a temporary one. parameters: the chapter's own
-    (`eps_255=1.0`), checked against the ranges in assets/profiles.yml and written into the card.
+    (`eps_255=1.0`), checked against the ranges in assets/profiles.yml and written into the card; a 0 is replaced by what
+    the profile has under that name.
 
     Our own code draws from keyed generators; the global ones are seeded for third-party code. Raises UserError.
     """
@@ -96,6 +100,7 @@ def start(
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise UserError(f"seed: expected a whole number, got {seed!r}; 0 is the book's")
     check_seed(seed)
+    parameters = {name: value or getattr(sizes, name, value) for name, value in parameters.items()}
     _check_parameters(parameters, runtime.chapters()[chapter].get("parameters", {}))
     out = out or os.environ.get(OUT, "")
     texts = {"device": device, "data_root": data_root, "pretrained": pretrained, "out": out}

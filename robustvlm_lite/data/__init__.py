@@ -1,5 +1,7 @@
 """Datasets by name: rendered scenes, bundled photographs, 64-pixel packs, and the reader's own images."""
 
+import torch
+
 from .. import scenes
 from ..runtime import UserError, generator, near_miss
 from .folder import from_path
@@ -19,7 +21,8 @@ def names() -> tuple[str, ...]:
 def load(name: str, split: str = "test", *, data_root: str = "", size: int = 64, n: int = 0, seed: int = 0) -> ImageSet:
     """A named dataset, `size` pixels a side; n > 0 asks for a seeded, class-balanced subset.
 
-    split: "train" or "test" (for Tiny-ImageNet the held-out split is its validation split).
+    split: "train" or "test" (for Tiny-ImageNet the held-out split is its validation split). The training split of
+    scenes/pair knows the names of the pairs that it shows and no other.
     """
     if split not in ("train", "test"):
         raise UserError(f"expected split 'train' or 'test', got {split!r}")
@@ -39,6 +42,9 @@ def _render(name: str, task: str, split: str, size: int, n: int, seed: int) -> I
         raise UserError(f"unknown dataset {name!r}; {near_miss(name, names())}")
     class_names, templates = scenes.TASKS[task]
     drawn = scenes.sample(n, generator(seed, name, split), task=task, size=size)
-    return ImageSet(
-        name, drawn.images, drawn.labels(task), tuple(class_names), tuple(templates), split, masks=drawn.masks
-    )
+    labels = drawn.labels(task)
+    if split == "train" and task == "pair":  # as wrong answers in training, held-out pairs would be pushed down
+        seen = [i for i, pair in enumerate(class_names) if pair not in scenes.HELD_OUT_PAIRS]
+        class_names = [class_names[i] for i in seen]
+        labels = torch.searchsorted(torch.tensor(seen), labels)
+    return ImageSet(name, drawn.images, labels, tuple(class_names), tuple(templates), split, masks=drawn.masks)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from ..clip import ZeroShotCLIP
 from ..runtime import UserError
@@ -43,16 +43,20 @@ def read_facts(path: Path) -> dict:
 
 @torch.no_grad()
 def load_change(defense: Defense, path: Path) -> Defense:
-    """Apply a checkpoint to a defense that still holds its base weights. Raises UserError if the base differs."""
+    """Apply a checkpoint to a defense that still holds its base weights. Raises UserError if base or shapes differ."""
     facts, clip = read_facts(path), defense.clip
     if facts["base_sha256"] != clip.weights_sha256:
         raise UserError(
             f"expected {path.name} on the weights it was trained from ({facts['base']}), got {clip.name} with others"
         )
-    with safe_open(path, "pt") as f:
-        for key, value in clip.visual.state_dict().items():
-            change = f.get_tensor(key).float() * f.get_tensor(f"{key}.scale")[:, None]
-            value.add_(change.reshape(value.shape).to(value.device))
+    tower, changes = clip.visual.state_dict(), load_file(path)
+    for key, value in tower.items():  # all of them before the first weight moves
+        if key not in changes or f"{key}.scale" not in changes or changes[key].numel() != value.numel():
+            got = list(changes[key].shape) if key in changes else "none"
+            raise UserError(f"expected in {path.name} a change of {key} {list(value.shape)}, got {got}; make it again")
+    for key, value in tower.items():
+        change = changes[key].float() * changes[f"{key}.scale"][:, None]
+        value.add_(change.reshape(value.shape).to(value.device))
     clip.requires_grad_(False)
-    defense.seconds_per_step = facts.get("seconds_per_step", 0.0)
+    defense.facts = facts
     return defense

@@ -104,7 +104,13 @@ def _heights(curves: Mapping[str, Mapping[float, float]], budgets) -> dict[str, 
 
 
 @styled
-def paired_bars(diffs: Mapping[str, tuple[float, float, float]], *, reference: str, quantity: str = "robust accuracy"):
+def paired_bars(
+    diffs: Mapping[str, tuple[float, float, float]],
+    *,
+    reference: str,
+    quantity: str = "robust accuracy",
+    title: str = "",
+):
     """Paired differences with 95 % intervals against a reference, in percentage points, zero line drawn.
 
     diffs: name -> (difference, low, high) as fractions, as `evaluate.paired` gives them. A filled marker means that the
@@ -127,6 +133,7 @@ def paired_bars(diffs: Mapping[str, tuple[float, float, float]], *, reference: s
     ax.spines["left"].set_visible(False)
     ax.margins(x=0.08)
     ax.set_xlabel(f"{quantity} minus {reference}'s (points)", x=1, ha="right")
+    ax.set_title(title, loc="left", color=GRAY)
     return fig
 
 

@@ -9,7 +9,7 @@ import torch
 from matplotlib.figure import Figure
 from toy_run import CHAPTER, filled
 
-from robustvlm_lite import book, cards
+from robustvlm_lite import book, cards, runtime
 from robustvlm_lite.book import run as run_module
 from robustvlm_lite.cards import load_card
 from robustvlm_lite.runtime import UserError
@@ -73,6 +73,12 @@ def test_start_says_where_it_runs_in_three_lines(begin, tmp_path, capsys):
     assert run.store.root == tmp_path / "run" / "cells"
 
 
+def test_a_parameter_of_zero_takes_the_value_of_the_profile(begin):
+    known = runtime.chapters()[CHAPTER]["profiles"]["tiny"]
+    known["eps_255"] = 1.0
+    assert begin(eps_255=0.0).parameters == {"eps_255": 1.0} and begin(eps_255=4.0).parameters == {"eps_255": 4.0}
+
+
 def test_without_out_results_go_to_a_temporary_folder_that_is_not_named_on_the_page(begin, capsys, claims):
     run = begin(out="")
     assert run.out.is_dir() and not run.kept
@@ -101,6 +107,7 @@ def test_run_loads_model_once_and_data_at_its_size(begin, monkeypatch):
     assert asked == [("toy", {"pretrained": "tag", "device": "cpu"})]
     expected = ("photos/web", "test", {"data_root": "there", "size": 32, "n": 8, "seed": 4})
     assert run.load("photos/web", n=8) == expected
+    assert run.load("photos/web", "train")[2]["seed"] == 0, "training images are the same for every seed"
 
 
 # --- the end of a run

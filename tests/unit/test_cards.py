@@ -161,6 +161,10 @@ def test_comparable_leaves_out_time_and_nothing_else(tmp_path):
         change(other)
         assert comparable(other) != comparable(a)
     assert a["rows"][0]["seconds"] == 0.5  # the argument is left alone
+    slow = json.loads(json.dumps(a))
+    for made, seconds in ((a, 0.4), (slow, 0.9)):
+        made["rows"].append(made["rows"][0] | {"metric": "train_s", "value": seconds, "ci95": [seconds, seconds]})
+    assert comparable(a) == comparable(slow)
 
 
 def drop(part, key):

@@ -10,9 +10,17 @@ import torch
 from robustvlm_lite import data, scenes
 from robustvlm_lite.data import ImageSet, from_path, load
 from robustvlm_lite.data.packs import read_rows
-from robustvlm_lite.runtime import UserError, asset
+from robustvlm_lite.runtime import UserError, asset, generator
 
 SHORT = {"tiny_imagenet", "cifar10", "cifar100", "stl10", "flowers102", "caltech101", "pacs", "oxford_pets_3class"}
+
+
+def test_training_pairs_do_not_know_the_names_of_held_out_ones():
+    train, test = load("scenes/pair", "train", n=400), load("scenes/pair", n=400)
+    assert set(test.class_names) - set(train.class_names) == set(scenes.HELD_OUT_PAIRS)
+    drawn = scenes.sample(400, generator(0, "scenes/pair", "train"), task="pair")
+    named = [scenes.PAIRS[i] for i in drawn.labels("pair").tolist()]
+    assert [train.class_names[i] for i in train.labels.tolist()] == named
 
 
 def random_set(counts=(7, 5, 9, 6), name="toy") -> ImageSet:

@@ -1,0 +1,107 @@
+"""What a chapter measures inside a run: which images, which checkpoints, what a training step costs."""
+
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from robustvlm_lite import attention, book, defenses
+from robustvlm_lite.attacks import pgd
+from robustvlm_lite.book import measure
+from robustvlm_lite.cards import Card
+from robustvlm_lite.data import ImageSet, load
+from robustvlm_lite.defenses import Defense
+from robustvlm_lite.runtime import UserError
+from robustvlm_lite.threat import ThreatModel
+
+ATTACK = partial(pgd, threat=ThreatModel(2), n_steps=2, step_255=2.0, keep="last")
+TINY_PLAN = {"steps": 2, "batch": 4, "optimizer": "adamw", "lr": 1e-3, "warmup": 1, "precision": None}
+
+
+def photos(n=8) -> ImageSet:
+    g = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (n, 3, 64, 64), dtype=torch.uint8, generator=g)
+    return ImageSet("toy", images, torch.arange(n) % 3, ("cat", "dog", "star"), ("a {}.",))
+
+
+def toy_run(clip, tmp_path, **sizes):
+    sizes = {"training": TINY_PLAN, "tga": {}, "eps_train": 2.0, "train_live": []} | sizes
+    card = Card("04_tga_zsr", "tiny", 0, {})
+    parts = {"parameters": {}, "seed": 0, "out": tmp_path, "card": card, "load_clip": lambda: clip}
+    return SimpleNamespace(sizes=SimpleNamespace(**sizes), **parts)
+
+
+@pytest.mark.parametrize(
+    "name, split, expected",
+    [("photos/web", "test", 5), ("small/cifar10", "train", 5), ("photos/caltech", "train", 60), ("scenes/pair", "train", 60)],
+)  # fmt: skip
+def test_the_parameter_n_cuts_everything_but_bundled_training_images(name, split, expected):
+    asked = []
+    run = SimpleNamespace(parameters={"n": 5}, load=lambda *a, **k: asked.append((*a, k["n"])))
+    book.images(run, [name, 60], split)
+    assert asked == [(name, split, expected)]
+
+
+@pytest.mark.parametrize("changed", ["data_sha256", "eps_255"])
+def test_a_checkpoint_of_another_training_is_refused_by_name(changed, random_clip, tmp_path, monkeypatch):
+    images = photos()
+    facts = {"data_sha256": [images.sha256], "eps_255": 2.0}
+
+    def bundled(name, clip):
+        defense = Defense(clip)
+        defense.name, defense.facts = name, facts
+        return defense
+
+    monkeypatch.setattr(defenses, "load_defense", bundled)
+    run = toy_run(random_clip, tmp_path)
+    assert book.defended(run, "TeCoA", [images], ATTACK).name == "TeCoA"
+    facts[changed] = "another"
+    with pytest.raises(UserError, match=f"TeCoA was trained with another {changed} than this profile's"):
+        book.defended(run, "TeCoA", [images], ATTACK)
+
+
+def test_bundled_checkpoints_fit_the_tiny_profile():
+    from robustvlm_lite.clip import load_clip
+    from robustvlm_lite.runtime import profile
+
+    sizes, clip = profile("04_tga_zsr", "tiny"), load_clip("nano")
+    hashes = [load(name, "train", n=n).sha256 for name, n in sizes.train]
+    for name in defenses.METHODS:
+        facts = defenses.read_facts(defenses.checkpoint(name, clip.name))
+        assert facts["data_sha256"] == hashes and facts["eps_255"] == sizes.eps_train, name
+        assert facts["base_sha256"] == clip.weights_sha256, name
+
+
+def test_training_cost_times_every_method_and_keeps_nothing(random_clip, tmp_path):
+    run = toy_run(random_clip, tmp_path)
+    before = {k: v.clone() for k, v in random_clip.state_dict().items()}
+    rows = book.training_cost(run, ["FT-clean", "TeCoA"], [photos()], ATTACK, steps=2)
+    assert [(r.method, r.metric, r.n) for r in rows] == [("FT-clean", "train_s", 2), ("TeCoA", "train_s", 2)]
+    assert rows[1].value > rows[0].value > 0, "an attack of two steps costs more than none"
+    assert all(torch.equal(v, before[k]) for k, v in random_clip.state_dict().items())
+    assert len(run.card.as_dict()["rows"]) == 2 and not any(tmp_path.iterdir())
+
+
+def test_map_facts_against_explicit_upsampling(random_clip):
+    images = load("scenes/pair", n=6)
+    x_adv = (images.pixels() + 0.02).clamp(0, 1)
+    original, defense = random_clip, defenses.build("TeCoA", random_clip)
+    with torch.no_grad():
+        for p in defense.clip.visual.parameters():
+            p.mul_(1.1)
+    text = original.text_features(images.class_names, images.templates)[images.labels]
+
+    def picture(clip, x):
+        return attention.upsample(attention.text_map(clip.tokens(x), text), 224).flatten(1)
+
+    facts = measure.map_facts(defense, original, images, x_adv)
+    attacked = picture(defense.clip, x_adv)
+    for name, clip in (("from own clean map", defense.clip), ("from original's map", original)):
+        home = picture(clip, images.pixels())
+        share = (attacked - home).norm(dim=1) / home.norm(dim=1)
+        assert facts[name] == pytest.approx(share.mean().item(), rel=1e-4), name
+    assert 0 <= facts["accuracy"] <= 1 and 0 <= facts["map IoU"] <= 1
+    same = measure.map_facts(Defense(original), original, replace(images), images.pixels())
+    assert same["from own clean map"] == same["from original's map"] == 0
