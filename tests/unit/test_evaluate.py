@@ -222,7 +222,7 @@ def test_nan_logits_name_data_set_and_batch():
             z = super().forward(x)
             return torch.where(x.mean(dim=(1, 2, 3))[:, None] > 0.7, torch.nan, z)
 
-    with pytest.raises(RuntimeError, match=r"toy · toy/gray · clean: .*images 4 to 5"):
+    with pytest.raises(UserError, match=r"toy · toy/gray · clean: .*images 4 to 5"):
         run(Broken())
 
 

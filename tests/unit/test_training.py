@@ -1,18 +1,28 @@
 """The loop that fine-tuning defenses share, and the small files in which their towers are kept."""
 
 import copy
+import json
 import math
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from robustvlm_lite.attacks import pgd
 from robustvlm_lite.clip import random_clip as another_clip
 from robustvlm_lite.data import ImageSet
-from robustvlm_lite.defenses import METHODS, FineTuning, Training, build, load_defense, read_facts, save_change
+from robustvlm_lite.defenses import (
+    METHODS,
+    FineTuning,
+    Training,
+    build,
+    load_change,
+    load_defense,
+    read_facts,
+    save_change,
+)
 from robustvlm_lite.runtime import UserError
 from robustvlm_lite.threat import ThreatModel
 
@@ -212,6 +222,20 @@ def test_another_base_is_refused(trained, random_clip, tmp_path):
         UserError, match=r"expected t.safetensors on the weights it was trained from \(nano\), got nano"
     ):
         load_defense(str(tmp_path / "t.safetensors"), another_clip("nano", seed=1))
+
+
+def test_a_checkpoint_that_lacks_a_weight_is_refused_and_none_is_moved(trained, random_clip, tmp_path):
+    path = tmp_path / "t.safetensors"
+    save_change(trained, random_clip, path)
+    tensors, facts = load_file(path), {"facts": json.dumps(read_facts(path))}
+    last = list(random_clip.visual.state_dict())[-1]
+    del tensors[last]
+    save_file(tensors, path, metadata=facts)
+    defense = build("TeCoA", random_clip)
+    with pytest.raises(UserError, match=rf"expected in t.safetensors a change of {last} .* got none; make it again"):
+        load_change(defense, path)
+    before = zip(defense.clip.visual.parameters(), random_clip.visual.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in before)
 
 
 def test_broken_and_foreign_files_are_refused(trained, random_clip, tmp_path):
