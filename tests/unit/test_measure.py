@@ -9,7 +9,6 @@ import torch
 
 from robustvlm_lite import attention, book, defenses
 from robustvlm_lite.attacks import pgd
-from robustvlm_lite.book import measure
 from robustvlm_lite.cards import Card
 from robustvlm_lite.data import ImageSet, load
 from robustvlm_lite.defenses import Defense
@@ -96,12 +95,12 @@ def test_map_facts_against_explicit_upsampling(random_clip):
     def picture(clip, x):
         return attention.upsample(attention.text_map(clip.tokens(x), text), 224).flatten(1)
 
-    facts = measure.map_facts(defense, original, images, x_adv)
+    facts = book.map_facts(defense, original, images, x_adv)
     attacked = picture(defense.clip, x_adv)
     for name, clip in (("from own clean map", defense.clip), ("from original's map", original)):
         home = picture(clip, images.pixels())
         share = (attacked - home).norm(dim=1) / home.norm(dim=1)
         assert facts[name] == pytest.approx(share.mean().item(), rel=1e-4), name
     assert 0 <= facts["accuracy"] <= 1 and 0 <= facts["map IoU"] <= 1
-    same = measure.map_facts(Defense(original), original, replace(images), images.pixels())
+    same = book.map_facts(Defense(original), original, replace(images), images.pixels())
     assert same["from own clean map"] == same["from original's map"] == 0
