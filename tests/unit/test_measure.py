@@ -1,6 +1,7 @@
 """What a chapter measures inside a run: which images, which checkpoints, what a training step costs."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -67,10 +68,14 @@ def test_bundled_checkpoints_fit_the_tiny_profile():
 
     sizes, clip = profile("04_tga_zsr", "tiny"), load_clip("nano")
     hashes = [load(name, "train", n=n).sha256 for name, n in sizes.train]
+    plan = defenses.Training(**sizes.training)
+    plan = json.loads(json.dumps({**asdict(plan), "precision": str(plan.precision)}))
     for name in defenses.METHODS:
         facts = defenses.read_facts(defenses.checkpoint(name, clip.name))
         assert facts["data_sha256"] == hashes and facts["eps_255"] == sizes.eps_train, name
-        assert facts["base_sha256"] == clip.weights_sha256, name
+        assert facts["base_sha256"] == clip.weights_sha256 and facts["training"] == plan, name
+    assert sizes.tga.items() <= defenses.read_facts(defenses.checkpoint("TGA-ZSR", clip.name))["config"].items()
+    assert defenses.search_results(clip.name)["base_sha256"] == clip.weights_sha256, "the search was on other weights"
 
 
 def test_training_cost_times_every_method_and_keeps_nothing(random_clip, tmp_path):
