@@ -3,7 +3,6 @@
 import hashlib
 import time
 from collections.abc import Iterable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,7 +13,7 @@ from tqdm import tqdm
 
 from .data.imageset import ImageSet
 from .records import Cell, Row, Store, column, records_table
-from .runtime import UserError
+from .runtime import UserError, eval_mode
 from .stats import paired_bootstrap, wilson
 from .threat import audit, to_8bit
 
@@ -111,18 +110,6 @@ def weights_sha256(model: nn.Module) -> str:
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-@contextmanager
-def eval_mode(model: nn.Module):
-    """Every module in eval mode inside the block, each in its own mode again after it."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield model
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 class PassCounter:

@@ -1,8 +1,9 @@
-"""What every room needs first: errors that teach, seeded randomness, the device, profiles and the version stamp."""
+"""What every room needs first: errors that teach, seeded randomness, evaluation mode, the device, profiles and the version stamp."""
 
 import hashlib
 import platform
 import subprocess
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,6 +35,18 @@ def generator(*key) -> torch.Generator:
     """
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+@contextmanager
+def eval_mode(model: torch.nn.Module):
+    """Every module in eval mode inside the block, each in its own mode again after it."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield model
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def resolve_device(name: str = "") -> torch.device:

@@ -55,19 +55,6 @@ def margin(model: Model, y: torch.Tensor) -> Objective:
     return objective
 
 
-def kl(model: Model, reference_logits: torch.Tensor) -> Objective:
-    """KL(reference || model(x_adv)) for `reference_logits` [B, C], held constant.
-
-    With the model's own clean logits its gradient at the clean image is zero, so start away from it.
-    """
-    target = reference_logits.detach().log_softmax(1)
-
-    def objective(x_adv):
-        return F.kl_div(_logits(model, x_adv).log_softmax(1), target, log_target=True, reduction="none").sum(1)
-
-    return objective
-
-
 def value_and_grad(objective: Objective, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The objective at `x` and its gradient with respect to `x`: ([B], [B, 3, H, W]), both detached.
 

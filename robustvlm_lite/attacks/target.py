@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from ..runtime import generator
+from ..runtime import eval_mode, generator
 
 
 @contextmanager
@@ -16,18 +16,19 @@ def as_target(model: nn.Module, x: torch.Tensor, key: tuple) -> Iterator[None]:
     Outside again, even after an error: each submodule's own mode, every parameter's `.grad` and the random stream are
     as before. torchattacks switches a whole model to train mode and, in FAB and CW, adds to parameter gradients.
     """
-    modes = [(module, module.training) for module in model.modules()]
     grads = [(p, p.grad) for p in model.parameters()]
     for p, _ in grads:
         p.grad = None
-    model.eval()
     devices = [x.device] if x.is_cuda else []
     try:
-        with torch.random.fork_rng(devices), torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+        with (
+            eval_mode(model),
+            torch.random.fork_rng(devices),
+            torch.enable_grad(),
+            torch.autocast(x.device.type, enabled=False),
+        ):
             torch.manual_seed(generator(*key).initial_seed())
             yield
     finally:
-        for module, mode in modes:
-            module.training = mode
         for p, grad in grads:
             p.grad = grad

@@ -51,9 +51,12 @@ def load_change(defense: Defense, path: Path) -> Defense:
         )
     tower, changes = clip.visual.state_dict(), load_file(path)
     for key, value in tower.items():  # all of them before the first weight moves
-        if key not in changes or f"{key}.scale" not in changes or changes[key].numel() != value.numel():
-            got = list(changes[key].shape) if key in changes else "none"
-            raise UserError(f"expected in {path.name} a change of {key} {list(value.shape)}, got {got}; make it again")
+        rows = len(value) if value.ndim > 1 else 1
+        wanted = {key: (rows, value.numel() // rows), f"{key}.scale": (rows,)}
+        for name, shape in wanted.items():
+            got = tuple(changes[name].shape) if name in changes else "none"
+            if got != shape:
+                raise UserError(f"expected in {path.name} a tensor {name} of shape {shape}, got {got}; make it again")
     for key, value in tower.items():
         change = changes[key].float() * changes[f"{key}.scale"][:, None]
         value.add_(change.reshape(value.shape).to(value.device))

@@ -10,9 +10,9 @@ from torch import nn
 
 from robustvlm_lite import records as records_module
 from robustvlm_lite.data.imageset import ImageSet
-from robustvlm_lite.evaluate import PassCounter, eval_mode, evaluate, paired, weights_sha256, worst_case
+from robustvlm_lite.evaluate import PassCounter, evaluate, paired, weights_sha256, worst_case
 from robustvlm_lite.records import CELL, SCHEMA, Store, column, select, verdicts, write_whole
-from robustvlm_lite.runtime import UserError, generator
+from robustvlm_lite.runtime import UserError, eval_mode, generator
 from robustvlm_lite.stats import wilson
 from robustvlm_lite.threat import AuditError, ThreatModel
 

@@ -224,15 +224,20 @@ def test_another_base_is_refused(trained, random_clip, tmp_path):
         load_defense(str(tmp_path / "t.safetensors"), another_clip("nano", seed=1))
 
 
-def test_a_checkpoint_that_lacks_a_weight_is_refused_and_none_is_moved(trained, random_clip, tmp_path):
+@pytest.mark.parametrize("tensor", ["", ".scale"])
+@pytest.mark.parametrize("harm", ["none", "longer"])
+def test_a_checkpoint_with_a_bad_tensor_is_refused_and_no_weight_moves(tensor, harm, trained, random_clip, tmp_path):
     path = tmp_path / "t.safetensors"
     save_change(trained, random_clip, path)
     tensors, facts = load_file(path), {"facts": json.dumps(read_facts(path))}
-    last = list(random_clip.visual.state_dict())[-1]
-    del tensors[last]
+    name = list(random_clip.visual.state_dict())[-1] + tensor
+    whole = tensors.pop(name)
+    if harm == "longer":
+        tensors[name] = torch.cat([whole, whole[:1]])
     save_file(tensors, path, metadata=facts)
     defense = build("TeCoA", random_clip)
-    with pytest.raises(UserError, match=rf"expected in t.safetensors a change of {last} .* got none; make it again"):
+    wanted = rf"expected in t.safetensors a tensor {name} of shape .*, got {'none' if harm == 'none' else '.*'}; make"
+    with pytest.raises(UserError, match=wanted):
         load_change(defense, path)
     before = zip(defense.clip.visual.parameters(), random_clip.visual.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in before)
