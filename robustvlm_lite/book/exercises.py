@@ -17,40 +17,39 @@ from ..runtime import UserError, generator
 from ..threat import ThreatModel
 
 
-def check_minmax(fn: Callable[[Tensor], Tensor]) -> None:
-    """`fn` stretches each row of a map [B, N] to [0, 1] on its own; a constant row must not become NaN."""
-    scale = torch.tensor([[1.0], [5.0], [0.02], [0.0]])  # the last row is constant
-    m = 0.3 + scale * torch.randn(4, 49, generator=generator("exercise", "minmax"))
-    before = m.clone()
-    got = _call(fn, m)
-    assert torch.equal(m, before), "Your function changes its input in place; compute a new tensor."
-    _require_shape(got, (4, 49), "one map for each image, [B, N]")
-    assert torch.isfinite(got[:3]).all(), "NaN or infinity in an ordinary row; do you divide by max − min of that row?"
-    assert torch.isfinite(got).all(), (
-        "A constant row gives NaN: max − min is 0 there. Keep the divisor from zero, e.g. with clamp_min(1e-6)."
-    )
-    low, high = m.amin(1, keepdim=True), m.amax(1, keepdim=True)
-    want = (m - low) / (high - low).clamp_min(1e-6)
+def check_map_iou(fn: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """`fn(m, masks)` is the overlap [B] of maps m [B, H, W] with object masks [B, H, W] (bool).
+
+    The map's region is its highest pixels, as many as the mask has. Intersection over union of the two.
+    """
+    g = generator("exercise", "iou")
+    m = torch.rand(4, 12, 12, generator=g) * torch.tensor([1.0, 0.3, 5.0, 1.0])[:, None, None]
+    masks = torch.zeros(4, 12, 12, dtype=torch.bool)
+    for i, side in enumerate((3, 6, 9, 5)):
+        masks[i, 1 : 1 + side, 2 : 2 + side] = True
+    m = m + masks * m.amax(dim=(1, 2), keepdim=True) * 0.4  # a map that knows a little of the object
+    m[3] = masks[3] * (1.0 + m[3])  # and one that is exactly right
+    got = _call(fn, m.clone(), masks)
+    _require_shape(got, (4,), "one overlap for each image, [B]; do not average over the batch")
+    area, flat, object_ = masks.sum(dim=(1, 2)), m.flatten(1), masks.flatten(1)
+    chosen = torch.stack([row >= row.topk(int(k)).values[-1] for row, k in zip(flat, area, strict=True)])
+    pooled = (m.flatten() >= m.flatten().topk(int(area.sum())).values[-1]).view(4, -1)
+    lowest = torch.stack([row <= -(-row).topk(int(k)).values[-1] for row, k in zip(flat, area, strict=True)])
+    both = (chosen & object_).sum(1)
+    want = both / (chosen | object_).sum(1)
     wrong = {
-        "You use one minimum and maximum for the whole batch; take them per image, over dim=1 with keepdim=True.": (
-            (m - m.min()) / (m.max() - m.min())
+        "You threshold at a fixed value; take as many pixels as the mask has, e.g. with topk or by rank.": (
+            _overlap(flat > 0.5, object_)
         ),
-        "You normalize each patch over the batch (dim=0); the map of an image is a row, dim=1.": _stretched(m, 0),
-        "You divide by max − min but do not subtract the minimum first.": m / (high - low).clamp_min(1e-6),
-        "You subtract the minimum but divide by the maximum; divide by max − min.": (m - low) / high,
-        "Your map is upside down: the largest value must become 1, not 0.": 1 - want,
-        "That is a softmax: its rows sum to 1. Here the smallest value must become 0 and the largest 1.": m.softmax(1),
+        "You rank all pixels of the batch together; each map against its own mask.": _overlap(pooled, object_),
+        "You take the lowest pixels; sort in descending order.": _overlap(lowest, object_),
+        "That is the covered share of the object (with equal areas, also Dice); divide by the union.": both / area,
     }
     for hint, mistake in wrong.items():
-        assert not torch.allclose(got[:3], mistake[:3], atol=1e-4), hint
-    assert torch.allclose(got[:2], want[:2], atol=0.05), (
-        f"Expected rows from 0 to 1, got values from {float(got[:2].min()):.2f} to {float(got[:2].max()):.2f}."
-    )
-    assert torch.allclose(got[:3], want[:3], atol=2e-3), (
-        "A row with a small range (about 0.1) is not stretched to [0, 1]; what guards the divisor is too large."
-    )
-    assert (got[3] - got[3, 0]).abs().max() < 1e-6, "A constant row must stay constant; any value in [0, 1] will do."
-    print("✓ each map runs from 0 to 1 on its own, and a constant map gives no NaN")
+        assert not torch.allclose(got.float(), mistake.float(), atol=1e-3) or torch.allclose(mistake, want), hint
+    told = f"expected {want[0]:.3f} for the first image, got {float(got[0]):.3f}"
+    assert torch.allclose(got.float(), want, atol=1e-3), f"Not the intersection over union: {told}."
+    print("✓ each map's highest pixels, as many as its object has, against the object's own mask")
 
 
 def check_gram_distance(fn: Callable[[Tensor, Tensor], Tensor], grid: int = 4, side: int = 32) -> None:
@@ -154,6 +153,5 @@ def _require_shape(got: Tensor, shape: tuple[int, ...], meaning: str) -> None:
     assert got.shape == shape, f"Expected shape {list(shape)}, {meaning}; got {list(got.shape)}."
 
 
-def _stretched(m: Tensor, dim: int) -> Tensor:
-    low, high = m.amin(dim, keepdim=True), m.amax(dim, keepdim=True)
-    return (m - low) / (high - low).clamp_min(1e-6)
+def _overlap(chosen: Tensor, masks: Tensor) -> Tensor:
+    return (chosen & masks).sum(1) / (chosen | masks).sum(1)

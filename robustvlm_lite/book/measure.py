@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -52,11 +53,11 @@ def defended(run, name: str, train_sets: Sequence[ImageSet] = (), attack=None) -
     key |= {"data": [s.sha256 for s in train_sets], "eps": run.sizes.eps_train, "base": clip.weights_sha256}
     if kept.exists() and (found := _read(kept, key)) is not None:
         defense.clip.visual.load_state_dict(found["weights"])
-        defense.history, defense.seconds_per_step = found["history"], found["seconds_per_step"]
+        defense.history = found["history"]
         return defense
     defense.fit(list(train_sets), attack=attack, training=plan, seed=run.seed)
     kept.parent.mkdir(exist_ok=True)
-    facts = json.dumps({"key": key, "history": defense.history, "seconds_per_step": defense.seconds_per_step})
+    facts = json.dumps({"key": key, "history": defense.history})
     part = kept.with_suffix(".part")
     save_file({k: v.contiguous() for k, v in defense.clip.visual.state_dict().items()}, part, metadata={"facts": facts})
     part.replace(kept)
@@ -82,19 +83,21 @@ def _read(path: Path, key: dict) -> dict | None:
     return facts | {"weights": load_file(path)}
 
 
-def training_cost(run, names: Sequence[str], train_sets: Sequence[ImageSet], attack, steps: int = 3) -> list[Row]:
+def training_cost(run, names: Sequence[str], train_sets: Sequence[ImageSet], attack, steps: int = 5) -> list[Row]:
     """Seconds of a training step, all methods one after the other on this machine, as card rows of metric train_s.
 
-    n is the number of steps behind the mean. Nothing of this training is kept.
+    On half a batch, to be quick. The first step, which warms up, does not count: n is steps - 1, and the interval is of
+    their mean. Nothing of this training is kept.
     """
     plan, clip, rows = replace(training(run), steps=steps), run.load_clip(), []
-    batch = train_sets[0].take(range(min(plan.batch, len(train_sets[0]))))
+    batch = train_sets[0].take(range(min(plan.batch // 2, len(train_sets[0]))))
     for name in names:
         defense = defenses.build(name, clip, **run.sizes.tga)
         defense.fit(batch, attack=attack, training=plan, seed=run.seed, progress=False)
-        seconds, extra = defense.seconds_per_step, {"seed": run.seed, "batch": len(batch)}
+        seconds, extra = np.array(defense.step_seconds[1:]), {"seed": run.seed, "batch": len(batch)}
         place = {"method": name, "dataset": batch.name, "attack": "none", "eps_255": run.sizes.eps_train}
-        rows.append(Row(**place, metric="train_s", n=steps, value=seconds, ci95=(seconds, seconds), extra=extra))
+        rows.append(Row(**place, metric="train_s", n=len(seconds), value=seconds.mean().item(),
+                        ci95=bootstrap_mean(seconds), extra=extra))  # fmt: skip
     run.card.add(rows)
     return rows
 

@@ -59,7 +59,7 @@ class FineTuning(Defense):
     """Fine-tunes the image tower of a copy of `clip`; text tower and logit scale stay as they are.
 
     A method says what it minimises (`losses`), what its training attack maximises (`inner`) and what it keeps of the
-    frozen model (`frozen`). history: one dict of terms a step; seconds_per_step: mean wall time of `fit`'s steps.
+    frozen model (`frozen`). history: one dict of terms a step; step_seconds: the wall time of each step of `fit`.
     """
 
     attacks_in_training = True
@@ -69,7 +69,7 @@ class FineTuning(Defense):
         self.name = name or self.name
         self.original = (clip,)  # a tuple, so that it is not a submodule: it is not part of the defended model
         self.history: list[dict[str, float]] = []
-        self.seconds_per_step = 0.0
+        self.step_seconds: list[float] = []
         self.precision: torch.dtype | None = None
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
@@ -123,16 +123,17 @@ class FineTuning(Defense):
             ],
             [warmup],
         )
-        began = time.monotonic()
-        orders = [_Order(len(t.data), generator(seed, self.name, "order", t.data.name)) for t in tasks]
+        # No name of a method in these keys: methods that are compared see the same batches and the same random starts.
+        orders = [_Order(len(t.data), generator(seed, "order", t.data.name)) for t in tasks]
         for step in tqdm(range(training.steps), desc=f"training {self.name}", disable=not progress, leave=False):
+            began = time.perf_counter()
             task, order = tasks[step % len(tasks)], orders[step % len(tasks)]
             index = order.next(min(training.batch, len(task.data)))
             x, y = task.data.pixels(index).to(device), task.data.labels[index].to(device)
             batch = Batch(task, index.to(device), x, y, x)
             if self.attacks_in_training:  # weights that have diverged show first in the attack's objective
                 objective = partial(self._finite, self.inner(batch), step)
-                batch.x_adv = attack(objective, x, generators=generator(seed, self.name, "attack", step))
+                batch.x_adv = attack(objective, x, generators=generator(seed, "attack", step))
             terms = self.losses(batch)
             total = self._finite(sum, step, terms.values())
             optimizer.zero_grad()
@@ -140,7 +141,7 @@ class FineTuning(Defense):
             optimizer.step()
             schedule.step()
             self.history.append({k: v.item() for k, v in terms.items()})
-        self.seconds_per_step = (time.monotonic() - began) / training.steps
+            self.step_seconds.append(time.perf_counter() - began)
         self.clip.eval().requires_grad_(False)
         return self
 

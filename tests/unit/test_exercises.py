@@ -5,53 +5,55 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from robustvlm_lite.attention import minmax
+from robustvlm_lite.attention import map_iou
 from robustvlm_lite.book import exercises
 from robustvlm_lite.data import ImageSet
 
 
-def low_high(m, dim=1):
-    return m.amin(dim, keepdim=True), m.amax(dim, keepdim=True)
+def highest(m, masks, largest=True):
+    """[B, H, W] -> bool [B, HW]: each map's highest pixels, as many as its mask has."""
+    rows = [
+        torch.zeros(row.numel(), dtype=torch.bool).index_fill(0, row.flatten().topk(int(mask.sum()), largest=largest)[1], True)
+        for row, mask in zip(m, masks, strict=True)
+    ]
+    return torch.stack(rows)
 
 
-def guarded(m, guard=1e-6):
-    low, high = low_high(m)
-    return (m - low) / (high - low + guard)
+def iou(m, masks, chosen=None):
+    chosen, masks = highest(m, masks) if chosen is None else chosen, masks.flatten(1)
+    return (chosen & masks).sum(1) / (chosen | masks).sum(1)
 
 
-def in_place(m):
-    low, high = low_high(m)
-    return m.sub_(low).div_((high - low).clamp_min(1e-6))
+def by_the_package(m, masks):
+    """attention.map_iou on a grid as fine as the mask, where upsampling changes nothing."""
+    return map_iou(m.flatten(1), masks)
 
 
-@pytest.mark.parametrize("fn", [minmax, guarded, lambda m: guarded(m).clamp(0, 1)])
-def test_minmax_right(fn, capsys):
-    exercises.check_minmax(fn)
+@pytest.mark.parametrize("fn", [iou, by_the_package, lambda m, masks: iou(3 * m + 1, masks).double()])
+def test_iou_right(fn, capsys):
+    exercises.check_map_iou(fn)
     assert capsys.readouterr().out.startswith("✓")
 
 
-MINMAX = {
-    "constant row gives NaN": lambda m: (m - m.amin(1, True)) / (m.amax(1, True) - m.amin(1, True)),
-    "one minimum and maximum for the whole batch": lambda m: (m - m.min()) / (m.max() - m.min()),
-    "over the batch": lambda m: (m - m.amin(0, True)) / (m.amax(0, True) - m.amin(0, True)).clamp_min(1e-6),
-    "do not subtract the minimum": lambda m: m / (m.amax(1, True) - m.amin(1, True)).clamp_min(1e-6),
-    "divide by the maximum": lambda m: (m - m.amin(1, True)) / m.amax(1, True),
-    "upside down": lambda m: 1 - minmax(m),
-    "softmax": lambda m: m.softmax(1),
-    "too large": lambda m: guarded(m, 0.1),
-    "changes its input": in_place,
-    "return missing": lambda m: None,
-    "got list": lambda m: m.tolist(),
-    r"Expected shape \[4, 49\].*got \[49\]": lambda m: minmax(m).mean(0),
-    r"values from 0.00 to 2.00": lambda m: 2 * minmax(m),
-    "must stay constant": lambda m: minmax(m) + (m.std(1, keepdim=True) < 1e-4) * torch.rand(m.shape),
+IOU = {
+    "fixed value": lambda m, masks: iou(m, masks, (m > 0.5).flatten(1)),
+    "all pixels of the batch together": lambda m, masks: iou(
+        m, masks, (m >= m.flatten().topk(int(masks.sum()))[0][-1]).flatten(1)
+    ),
+    "lowest pixels": lambda m, masks: iou(m, masks, highest(m, masks, largest=False)),
+    "covered share": lambda m, masks: (highest(m, masks) & masks.flatten(1)).sum(1) / masks.sum((1, 2)),
+    "also Dice": lambda m, masks: 2 * iou(m, masks) / (1 + iou(m, masks)),
+    "return missing": lambda m, masks: None,
+    "got list": lambda m, masks: iou(m, masks).tolist(),
+    r"Expected shape \[4\].*got \[\]": lambda m, masks: iou(m, masks).mean(),
+    "Not the intersection over union": lambda m, masks: 1 - iou(m, masks),
 }
 
 
-@pytest.mark.parametrize("hint", MINMAX)
-def test_minmax_wrong(hint):
+@pytest.mark.parametrize("hint", IOU)
+def test_iou_wrong(hint):
     with pytest.raises(AssertionError, match=hint):
-        exercises.check_minmax(MINMAX[hint])
+        exercises.check_map_iou(IOU[hint])
 
 
 def quadratic(d, g):
