@@ -39,8 +39,8 @@ class Classifier(nn.Module):
         return self.clip.logits(x, self.text_features, self.precision)
 
     def fast(self) -> "Classifier":
-        """The same classifier for gradients in bfloat16: attacks on a CPU take half the time and lose nothing
-        (bfloat16 has the exponents of float32, so no gradient underflows). Verdicts belong to the original."""
+        """The same classifier for gradients in bfloat16: attacks on a CPU take half the time, and no
+        gradient underflows (bfloat16 has the exponents of float32). Verdicts belong to the original."""
         return Classifier(self.clip, self.class_names, self.templates, torch.bfloat16)
 
 

@@ -43,6 +43,7 @@ def battery(
     model: nn.Module,
     data: ImageSet,
     *,
+    surface: nn.Module | None = None,
     eps_255: float = 1.0,
     n_steps: int = 10,
     n: int = 32,
@@ -54,19 +55,21 @@ def battery(
 ) -> list[Check]:
     """The checks on `n` class-balanced images of `data`, with PGD-`n_steps` at `eps_255`; about 9 n n_steps gradients.
 
-    model: pixels -> logits, in the mode (train or eval) in which you use it. undefended: plain CLIP on the same task,
+    model: pixels -> logits, in the mode (train or eval) in which you use it. surface: what the attacker differentiates,
+    where that is not the model itself; give what your evaluation gives. undefended: plain CLIP on the same task,
     on which the same attack must succeed. transfer_from: another model whose adversarial images are tried on `model`.
     rows: of a finished evaluation, for the order of AutoAttack, PGD and CW. What is not given is not checked.
     A model through which no gradient flows at all gets the checks that need no attack.
     """
     data = data.balanced(min(n, len(data)), seed)
-    checks = [_repeated_forward(model, data), _batch_composition(model, data), _gradient(model, data)]
+    surface = model if surface is None else surface
+    checks = [_repeated_forward(model, data), _batch_composition(model, data), _gradient(surface, data)]
     if rows := list(rows):
         checks.append(attack_order(rows))
     if checks[2].value == NO_GRADIENT:
         return checks
     run = _Runner(data, n_steps, {"seed": seed, "batch_size": batch_size, "progress": False})
-    checks += _attack_checks(model, run, eps_255, transfer_from)
+    checks += _attack_checks(model, surface, run, eps_255, transfer_from)
     if undefended is not None:
         checks.append(_canary(undefended, run))
     return checks
@@ -158,11 +161,11 @@ class _Runner:
 SINGLE_STEP = {"n_steps": 1, "step_share": 1.0, "start": "zero", "keep": "last"}
 
 
-def _attack_checks(model: nn.Module, run: _Runner, eps_255: float, source: nn.Module | None) -> list[Check]:
+def _attack_checks(model: nn.Module, surface: nn.Module, run: _Runner, eps_255: float, source) -> list[Check]:
     budgets = sorted({min(eps_255 * factor, 255.0) for factor in (0.5, 1, 2, 4)} | {LARGE_255})
     single = replace(run.pgd, name="single-step", params=run.pgd.params | SINGLE_STEP)
     others = [single, get_attack("noise"), get_attack(f"pgd-{2 * run.n_steps}")]
-    clean, *rows = run.attack(model, [(run.pgd, b) for b in budgets] + [(attack, eps_255) for attack in others])
+    clean, *rows = run.attack(model, [(run.pgd, b) for b in budgets] + [(attack, eps_255) for attack in others], surface=surface)
     curve, (one_step, noise, doubled) = rows[: len(budgets)], rows[len(budgets) :]
     at = dict(zip(budgets, curve, strict=True))
     checks = [_monotone(curve), _reaches_chance(at[LARGE_255], 1 / len(run.data.class_names))]

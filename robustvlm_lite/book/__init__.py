@@ -3,7 +3,7 @@
 from .markup import Html, table
 from .measure import committed_card, defended, images, map_facts, measure, measure_maps, training_cost
 from .run import Run, footer, glue, show, start
-from .tables import accuracy_table, claims_table, published_table, sanity_table
+from .tables import accuracy_table, claims_table, compared, published_table, rates_table, sanity_table
 
 __all__ = [
     "Html",
@@ -11,6 +11,7 @@ __all__ = [
     "accuracy_table",
     "claims_table",
     "committed_card",
+    "compared",
     "defended",
     "footer",
     "glue",
@@ -19,6 +20,7 @@ __all__ = [
     "measure",
     "measure_maps",
     "published_table",
+    "rates_table",
     "sanity_table",
     "show",
     "start",

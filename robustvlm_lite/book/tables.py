@@ -24,7 +24,7 @@ def accuracy_table(
     methods: Sequence[str] = (),
     published: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Html:
-    """Methods down, measurements across: "54.3 ± 4.1" in percent, half the width of the 95 % interval after ±.
+    """Methods down, measurements across: "54.3 (50.2–58.4)" in percent, the 95 % interval in parentheses.
 
     columns: heading -> fields that pick one row a method, e.g. {"PGD, ε 1": {"attack": "pgd-20", "eps_255": 1.0,
     "metric": "robust_acc"}}. published: heading -> method -> percent, in gray columns at the right. The highest value
@@ -63,7 +63,7 @@ def _accuracy(row: Row | None) -> str | None:
     if row is None:
         return None
     low, high = row.ci95
-    return f"{100 * row.value:.1f}\u00a0±\u00a0{50 * (high - low):.1f}"  # no line break inside
+    return f"{100 * row.value:.1f}\u00a0({100 * low:.1f}–{100 * high:.1f})"  # no line break inside
 
 
 def _clear_winner(rows: Sequence[Row | None]) -> str:
@@ -78,7 +78,7 @@ def _clear_winner(rows: Sequence[Row | None]) -> str:
 def _conditions(rows: Sequence[Row]) -> str:
     """n and, for each attack met, its ε, steps and step size."""
     sizes = sorted({row.n for row in rows})
-    parts = ["n = " + " or ".join(str(n) for n in sizes) + ", ± half the 95 % interval"]
+    parts = ["n = " + " or ".join(str(n) for n in sizes) + "; in parentheses the 95 % interval of each accuracy by itself"]
     budgets: dict[str, dict[float, Row]] = {}
     for row in rows:
         if row.attack != "none":
@@ -100,6 +100,23 @@ def _steps(row: Row) -> str:
     share = f" of {step / row.eps_255:.3g} ε" if step else ""
     restarts = row.extra.get("n_restarts", 1)
     return f" ({n_steps} steps{share}{f', {restarts} restarts' if restarts > 1 else ''})"
+
+
+def compared(diff: tuple[float, float, float]) -> str:
+    """A paired difference (diff, lo, hi) in words for {glue:text}: its direction where the interval excludes zero."""
+    _, low, high = diff
+    return "more than" if low > 0 else "less than" if high < 0 else "not measurably more or less than"
+
+
+def rates_table(searched: Mapping) -> Html:
+    """The learning rates of a search (`defenses.search_results`): methods down, rates across, "clean / robust"."""
+    lines: dict[str, dict] = {}
+    for r in searched["runs"]:
+        if "alpha" not in r:
+            cell = f"{100 * r['clean']:.1f}\u00a0/\u00a0{100 * r['robust']:.1f}"
+            lines.setdefault(r["method"], {"method": r["method"]})[f"rate {r['lr']:g}"] = cell
+    caption = "Learning rates: clean / robust accuracy in percent on the same held-back training images. Every method takes TeCoA's best."
+    return table(list(lines.values()), caption=f"{caption} n = {searched['n']}.")
 
 
 def claims_table(chapter: str, card: Card | Mapping | None = None) -> Html:

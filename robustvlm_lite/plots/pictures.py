@@ -114,7 +114,7 @@ def map_strip(images: Tensor, maps: Mapping[str, Tensor], masks: Tensor | None =
             over = OVERLAY * colormaps[MAP](m[i].numpy())[..., :3] + (1 - OVERLAY) * gray[i, ..., None].numpy()
             ax.imshow(over, interpolation="nearest")
             ax.set_axis_off()
-        if masks is not None:
+        if masks is not None and masks[i].any():  # a photograph has none
             for ax in row:
                 _outline(ax, masks[i])
         if labels:

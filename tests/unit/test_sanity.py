@@ -69,6 +69,14 @@ def test_a_plain_model_passes_everything():
     assert all(check.value and check.why.endswith(".") for check in checks)
 
 
+def test_the_surface_is_what_is_differentiated():
+    """A sound model, attacked through another one that points the other way, is never hurt."""
+    turned = Linear(-20.0)
+    assert failed(Linear()) == set() == failed(Linear(), surface=Linear(30.0))
+    assert "large ε reaches chance" in failed(Linear(), surface=turned)
+    assert "gradient is not zero" in failed(Linear(), surface=Linear(0.0))
+
+
 def test_what_is_not_given_is_not_checked():
     names = [check.name for check in battery(Linear(), DATA, n=8, n_steps=2)]
     assert "transfer does less" not in names and "undefended model falls" not in names and len(names) == 8

@@ -60,7 +60,7 @@ def test_accuracy_table_gives_interval_n_and_attack():
     html = book.accuracy_table(accuracies([0] * 20, [1] * 10 + [0] * 10), columns=COLUMNS, caption="Seen.")
     low, high = wilson(10, 20)
     assert cells(html, 0) == ["method", "clean", "PGD"]
-    assert cells(html, 2) == ["TeCoA", cells(html, 1)[1], f"50.0\u00a0±\u00a0{50 * (high - low):.1f}"]
+    assert cells(html, 2) == ["TeCoA", cells(html, 1)[1], f"50.0\u00a0({100 * low:.1f}–{100 * high:.1f})"]
     caption = re.search("<figcaption>(.*?)</figcaption>", html)[1]
     for part in ("Seen. n = 20", "pgd-20 at ε = 1/255 (20 steps of 0.25 ε)", 'href="#rvl-card"'):
         assert part in caption
@@ -126,3 +126,21 @@ def test_sanity_table_shows_failures_in_words():
     html = book.sanity_table(checks)
     assert "1 of 2 checks hold" in html and cells(html, 2)[:3] == ["&lt;large ε&gt;", "✗ fails", "12 %"]
     assert '<span class="failed">' in html and '<span class="passed">' in html
+
+
+def test_a_difference_in_words_follows_its_interval():
+    told = [book.compared(diff) for diff in ((0.1, 0.02, 0.2), (-0.1, -0.2, -0.01), (0.1, 0.0, 0.2), (0.0, -0.1, 0.1))]
+    assert told == ["more than", "less than", "not measurably more or less than", "not measurably more or less than"]
+
+
+def test_rates_table_shows_every_rate_and_no_weights():
+    runs = [
+        {"method": "TeCoA", "lr": 5e-4, "clean": 0.8, "robust": 0.5},
+        {"method": "TeCoA", "lr": 1e-3, "clean": 0.7, "robust": 0.4},
+        {"method": "FARE", "lr": 1e-3, "clean": 0.9, "robust": 0.3},
+        {"method": "TGA-ZSR", "lr": 5e-4, "alpha": 0.0, "beta": 0.0, "clean": 0.1, "robust": 0.1},
+    ]
+    html = book.rates_table({"runs": runs, "n": 600})
+    assert cells(html, 0) == ["method", "rate 0.0005", "rate 0.001"]
+    assert cells(html, 1) == ["TeCoA", "80.0\u00a0/\u00a050.0", "70.0\u00a0/\u00a040.0"]
+    assert cells(html, 2)[2] == "90.0\u00a0/\u00a030.0" and "n = 600" in html and "TGA-ZSR" not in html
