@@ -47,7 +47,7 @@ class Recipe:
     lr_adamw: float = 0.002  # the rest
     # Mean of seven packs on held-back rows after 1,200 steps at 32 px: decay 0.3: 29.5, 0.1: 28.5, none: 25.5;
     # lr_muon 0.03 with 0.1: 23.8, 0.008 with 0.5: 28.3; lr_adamw 0.004 with 0.3: 24.7.
-    weight_decay_muon: float = 0.3
+    weight_decay_muon: float = 0.05
     weight_decay: float = 0.05
     warmup: int = 80
     clip_norm: float = 1.0
