@@ -121,8 +121,9 @@ def weights(name, change, suffix=".safetensors"):
 def nan_loss(tmp):
     from robustvlm_lite.defenses import Training, build
 
-    toy = ImageSet("toy", torch.zeros(4, 3, 64, 64, dtype=torch.uint8), torch.arange(4) % 2, ("a", "b"), ("a {}",))
-    training = Training(steps=4, batch=2, lr=1e38, optimizer="sgd", precision=None)
+    images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    toy = ImageSet("toy", images, torch.arange(4) % 2, ("a", "b"), ("a {}",))
+    training = Training(steps=4, batch=4, lr=1e38, optimizer="sgd", precision=None)
     clip = clip_room.random_clip("nano")
     return lambda: build("FT-clean", clip).fit(toy, training=training, progress=False)
 
