@@ -44,11 +44,11 @@ def load(
     """
     if n < 0 or shots < 0:
         raise UserError(f"expected n >= 0 and shots >= 0 of {name}, got n={n}, shots={shots}; 0 takes the whole split")
-    if name in uses():
+    group, _, task = name.partition("/")
+    if group in {use.partition("/")[0] for use in uses()}:
         return _full(name, split, data_root, size, n, shots, seed)
     if split not in ("train", "test"):
         raise UserError(f"expected split 'train' or 'test', got {split!r}")
-    group, _, task = name.partition("/")
     if group == "scenes":
         drawn = _render(name, task, split, size, n or SCENE_TEST_SIZE, seed)
         return drawn.take(choose_rows(drawn.labels, name, split, shots=shots, seed=seed)) if shots else drawn

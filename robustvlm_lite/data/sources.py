@@ -163,7 +163,7 @@ def parquet_listing(folder: Path, split: str, n_classes: int) -> Listing:
     try:
         schema = pq.read_schema(parts.files[0])
         image, label, keys = _columns(schema, n_classes)
-        table = pa.concat_tables([pq.read_table(f, columns=[label, f"{image}.path"]) for f in parts.files])
+        table = pa.concat_tables([pq.ParquetFile(f).read(columns=[label, f"{image}.path"]) for f in parts.files])
         labels = torch.tensor(table[label].to_pylist(), dtype=torch.int64)
         paths = [row["path"] for row in table[image].to_pylist()]
         parts.ends  # noqa: B018  (every file's own count, before an image is asked for)
