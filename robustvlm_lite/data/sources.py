@@ -46,6 +46,20 @@ def read_listing(dataset: Dataset, use: Use, split: str, data_root: str) -> List
     return listing
 
 
+def lacking(dataset: Dataset, use: Use, data_root: str) -> str:
+    """The first file or folder that the test split of a use needs and `data_root` lacks; empty if nothing is."""
+    folder, test = dataset.folder(data_root), use.splits["test"]
+    parquet = f"{test.get('parquet', 'test')}-*.parquet"
+    if any(folder.glob(parquet)):
+        return ""
+    if use.source == "parquet":
+        return parquet
+    if use.source == "torchvision":  # how it names its folder is its own affair
+        return "" if folder.is_dir() and any(path.is_dir() for path in folder.iterdir()) else folder.name
+    wanted = [use.options["images"], use.options["file"]] if use.source == "split_file" else [test["folder"]]
+    return next((name for name in wanted if not (folder / name).exists()), "")
+
+
 def how_to_obtain(dataset: Dataset) -> str:
     """The end of an error's line: the command that fetches a data set, or what a person has to do."""
     if dataset.downloads:
