@@ -9,7 +9,7 @@ from .folder import from_path
 from .imageset import ImageSet
 from .packs import PACKS, PHOTO, Pack, pack_folder, read_pack, read_rows
 from .registry import find_use, uses
-from .sources import read_listing
+from .sources import check_there, read_listing
 from .subsets import base_and_new, choose_rows
 
 __all__ = [
@@ -18,11 +18,14 @@ __all__ = [
     "ImageSet",
     "Pack",
     "base_and_new",
+    "find_use",
     "from_path",
     "load",
     "names",
     "pack_folder",
     "read_rows",
+    "require",
+    "uses",
 ]
 
 SCENE_TEST_SIZE = 1000  # rendered test images of a task when no size is asked
@@ -58,13 +61,23 @@ def load(
     return read_pack(folder, stored, name=name, templates=pack.templates, size=size, n=n, shots=shots, seed=seed)
 
 
+def require(name: str, data_root: str) -> None:
+    """Refuse a dataset that is not bundled and whose files are not below `data_root`, before anything is computed."""
+    if name not in uses():
+        pack_folder(name, data_root)
+        return
+    dataset, use = find_use(name)
+    if not data_root:
+        raise UserError(f"dataset {name!r} is not bundled; pass data_root, the folder that holds full/{dataset.name}/")
+    check_there(dataset, use, data_root)
+
+
 def _full(name: str, split: str, data_root: str, size: int, n: int, shots: int, seed: int) -> ImageSet:
     dataset, use = find_use(name)
     if split not in use.splits:
         known = " or ".join(map(repr, use.splits))
         raise UserError(f"expected split {known} of {name}, got {split!r}")
-    if not data_root:
-        raise UserError(f"dataset {name!r} is not bundled; pass data_root, the folder that holds full/{dataset.name}/")
+    require(name, data_root)
     listing = read_listing(dataset, use, split, data_root)
     class_names = prompt_names(dataset, use, listing.keys, dataset.folder(data_root), listing.named)
     rows = choose_rows(listing.labels, name, split, n=n, shots=shots, seed=seed)

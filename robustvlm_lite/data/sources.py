@@ -23,10 +23,8 @@ def read_listing(dataset: Dataset, use: Use, split: str, data_root: str) -> List
     Parquet files in the Hugging Face image layout go before the use's own source, where the folder holds them. Raises
     UserError if anything is missing, a label has no class, or rows are fewer or more than the registry says.
     """
-    folder = dataset.folder(data_root)
-    if not folder.is_dir():
-        raise UserError(f"expected {dataset.title} in {folder}, found no such folder; {how_to_obtain(dataset)}")
-    wanted = use.splits[split]
+    check_there(dataset, use, data_root)
+    folder, wanted = dataset.folder(data_root), use.splits[split]
     parquet = wanted.get("parquet", split)
     if use.source == "parquet" or any(folder.glob(f"{parquet}-*.parquet")):
         listing = parquet_listing(folder, parquet, use.classes)
@@ -55,16 +53,22 @@ def lacking(dataset: Dataset, use: Use, data_root: str) -> str:
     if use.source == "parquet":
         return parquet
     if use.source == "torchvision":  # how it names its folder is its own affair
-        return "" if folder.is_dir() and any(path.is_dir() for path in folder.iterdir()) else folder.name
+        return "" if folder.is_dir() and any(path.is_dir() for path in folder.iterdir()) else "image folders"
     wanted = [use.options["images"], use.options["file"]] if use.source == "split_file" else [test["folder"]]
     return next((name for name in wanted if not (folder / name).exists()), "")
 
 
-def how_to_obtain(dataset: Dataset) -> str:
-    """The end of an error's line: the command that fetches a data set, or what a person has to do."""
-    if dataset.downloads:
-        return f"robustvlm data prepare {dataset.name} --root DIR fetches it"
-    return f"obtain it: {dataset.obtain}"
+def check_there(dataset: Dataset, use: Use, data_root: str) -> None:
+    """Refuse a set whose files are not below `data_root`, with the command that fetches them or what a person has to do."""
+    if not (lacks := lacking(dataset, use, data_root)):
+        return
+    if lacks == use.options.get("file"):
+        how = "CoOp's data page links it"
+    elif dataset.downloads:
+        how = f"robustvlm data prepare {dataset.name} --root DIR fetches it"
+    else:
+        how = f"obtain it: {dataset.obtain}"
+    raise UserError(f"expected {lacks} of {dataset.title} in {dataset.folder(data_root)}, found none; {how}")
 
 
 # ---- torchvision
@@ -116,8 +120,6 @@ def split_file_listing(path: Path, images: Path, split: str) -> Listing:
 
     Raises UserError for a file of another form, and for an image that is listed and absent, naming its row.
     """
-    if not path.is_file():
-        raise UserError(f"expected CoOp's list {path.name} in {path.parent}, found none; CoOp's data page links it")
     try:
         stored = json.loads(path.read_text())
         names = {int(label): str(name) for rows in stored.values() for _, label, name in rows}

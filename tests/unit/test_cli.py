@@ -272,5 +272,8 @@ def test_doctor_looks_at_a_data_root(tmp_path):
     (tmp_path / "stl10").mkdir()
     (tmp_path / "stl10" / "classes.json").write_text("{}")
     assert look(tmp_path) == (True, f"data root {tmp_path}: stl10")
+    (tmp_path / "full" / "food101").mkdir(parents=True)
+    (tmp_path / "full" / ".dtd.unfinished").mkdir()
+    assert look(tmp_path) == (True, f"data root {tmp_path}: stl10, full/food101")
     (tmp_path / "SHA256SUMS").write_text(f"{'0' * 64}  stl10/classes.json\n")
     assert "differs from its checksum" in look(tmp_path)[1]

@@ -277,7 +277,7 @@ def test_prepare_fetches_checks_and_loads(food, site, capsys):
     assert cli.main(["data", "prepare", "food101", "--root", str(food)]) == 0
     shown = capsys.readouterr().out
     assert f"Food-101 is in {food}/full/food101" in shown and "tga_zsr/food101: 6 train, 6 test" in shown
-    assert "coop/food101: expected CoOp's list split_zhou_Food101.json" in shown
+    assert "coop/food101: expected split_zhou_Food101.json of Food-101 in" in shown
     assert (
         f"credits.txt: no checksum is published; SHA-256 of what came: {hashlib.sha256(b'thanks').hexdigest()}" in shown
     )

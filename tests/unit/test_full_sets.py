@@ -7,9 +7,11 @@ import small_sets
 import torch
 from small_sets import LEVELS, TORCHVISION, flat, put, shrink, write_parquet
 
-from robustvlm_lite.data import load
+from robustvlm_lite import runner
+from robustvlm_lite.data import load, uses
 from robustvlm_lite.data.classnames import RULES
 from robustvlm_lite.data.registry import find_use
+from robustvlm_lite.practitioner import read_images
 from robustvlm_lite.runtime import UserError
 
 
@@ -175,10 +177,14 @@ def spoil(root):
 
 
 REFUSED = {
-    "no folder": (lambda root: None, "found no such folder; robustvlm data prepare oxford_pets --root DIR"),
+    "no folder": (lambda root: None, "Oxford-IIIT Pet in .+ found none; robustvlm data prepare oxford_pets --root DIR"),
+    "no images": (
+        lambda root: put(root / "full/oxford_pets/x", b""),
+        "expected oxford-iiit-pet/images of Oxford-IIIT Pet in .+ found none",
+    ),
     "no list": (
         lambda root: (coop_pets(root) / "split_zhou_OxfordPets.json").unlink(),
-        "expected CoOp's list split_zhou_OxfordPets.json in",
+        "expected split_zhou_OxfordPets.json of Oxford-IIIT Pet in .+ found none; CoOp's data page links it",
     ),
     "list of another form": (spoiled_list(lambda split: [1, 2]), "in .+split_zhou_OxfordPets.json, got"),
     "row of another form": (spoiled_list(edit(1, ["a.jpg"])), "in .+split_zhou_OxfordPets.json, got ValueError"),
@@ -225,7 +231,7 @@ def test_refused_by_file_and_row(what, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("short", ["cifar10", "stanford_cars", "food101"])
 def test_a_layout_that_torchvision_does_not_know_is_one_line(short, tmp_path):
-    (tmp_path / "full" / short).mkdir(parents=True)
+    (tmp_path / "full" / short / "other").mkdir(parents=True)
     with pytest.raises(
         UserError, match="expected the layout of torchvision's .+, got: .*; fetch the files again"
     ) as error:
@@ -254,3 +260,18 @@ def test_an_unprepared_set_and_a_split_that_it_lacks(tmp_path):
     ):
         with pytest.raises(UserError, match=match):
             load(name, **options)
+
+
+def test_the_practitioner_s_door_decodes_no_more_than_is_asked(tmp_path, monkeypatch):
+    keys = small_sets.food101(tmp_path / "full/food101", monkeypatch)
+    shrink(monkeypatch, "tga_zsr/food101", keys)
+    whole = load("tga_zsr/food101", data_root=str(tmp_path), size=8)
+    for n, expected in ((None, 6), (3, 3)):
+        images = read_images("tga_zsr/food101", data_root=str(tmp_path), size=8, n=n, seed=4)
+        assert images.ids == whole.balanced(expected, seed=4).ids
+
+
+def test_a_profile_that_names_a_full_set_asks_for_it_before_it_runs(tmp_path):
+    profile = {"train": [["tga_zsr/tiny_imagenet", 0]], "unseen": [["coop/food101", 9], ["photos/web", 9]]}
+    assert list(runner._data_sets(profile)) == ["tga_zsr/tiny_imagenet", "coop/food101"]
+    assert {name.partition("/")[0] for name in uses()} == {"tga_zsr", "coop"}
