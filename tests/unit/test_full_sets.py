@@ -128,8 +128,8 @@ def test_parquet_goes_before_the_other_layouts(tmp_path, monkeypatch):
     names = ["sea", "road", "plain"]  # in another order than the registry's
     rows = [(flat(LEVELS[i % 3]), i % 3) for i in range(5)]
     columns = ("img", "fine_label")
-    write_parquet(folder, "test", rows[:3], names, columns, "00000-of-00002", coarse_label=[0] * 3)
-    write_parquet(folder, "test", rows[3:], names, columns, "00001-of-00002", coarse_label=[0] * 2)
+    write_parquet(folder, "test", rows[:4], names, columns, "00000-of-00002", coarse_label=[0] * 4)
+    write_parquet(folder, "test", rows[4:], names, columns, "00001-of-00002", coarse_label=[0])
     shrink(monkeypatch, "tga_zsr/cifar100", names, n=5)
     images = load("tga_zsr/cifar100", data_root=str(tmp_path), size=8)
     assert images.class_names == ("sea", "road", "plain")
