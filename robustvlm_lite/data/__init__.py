@@ -82,7 +82,8 @@ def _full(name: str, split: str, data_root: str, size: int, n: int, shots: int, 
     class_names = prompt_names(dataset, use, listing.keys, dataset.folder(data_root), listing.named)
     rows = choose_rows(listing.labels, name, split, n=n, shots=shots, seed=seed)
     ids = tuple(listing.ids[row] for row in rows.tolist())
-    return ImageSet(name, listing.images(rows, size), listing.labels[rows], class_names, use.templates, split, ids=ids)
+    images = listing.images(rows, size, use.zoom, use.bicubic)
+    return ImageSet(name, images, listing.labels[rows], class_names, use.templates, split, ids=ids)
 
 
 def _render(name: str, task: str, split: str, size: int, n: int, seed: int) -> ImageSet:

@@ -10,23 +10,25 @@ from ..runtime import UserError
 UNREADABLE = (OSError, ValueError, Image.DecompressionBombError)  # what Pillow raises for a broken or absurd image
 
 
-def square(image: Image.Image, size: int) -> np.ndarray:
-    """RGB uint8 [size, size, 3]: the short side resized to `size`, the center cut out."""
+def square(image: Image.Image, size: int, zoom: float = 1.0, bicubic: bool = False) -> np.ndarray:
+    """RGB uint8 [size, size, 3]: the short side resized to `size` times `zoom`, the center cut out."""
     if image.mode.startswith(("I", "F")):  # Pillow would clip 16 bits to white
         raise ValueError(f"mode {image.mode}, not 8 bits a channel")
     image = image.convert("RGB")
-    if min(image.size) != size:
-        scale = size / min(image.size)
-        image = image.resize([max(size, round(s * scale)) for s in image.size], Image.Resampling.BILINEAR)
+    short = round(size * zoom)
+    if min(image.size) != short:
+        scale = short / min(image.size)
+        resampling = Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR
+        image = image.resize([max(short, round(s * scale)) for s in image.size], resampling)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
-def decode(data: bytes, size: int, where: str) -> np.ndarray:
+def decode(data: bytes, size: int, where: str, zoom: float = 1.0, bicubic: bool = False) -> np.ndarray:
     """`square` of an encoded image; UserError with `where` if it cannot be read."""
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return square(image, size)
+            return square(image, size, zoom, bicubic)
     except UNREADABLE as error:
         raise unreadable(error, f"{len(data or b'')} bytes at {where}") from None
 

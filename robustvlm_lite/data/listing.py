@@ -28,23 +28,23 @@ class Listing:
     where: Callable[[int], str]
     named: bool = False
 
-    def images(self, rows: Tensor, size: int) -> Tensor:
-        """uint8 [len(rows), 3, size, size], in the order of `rows`.
+    def images(self, rows: Tensor, size: int, zoom: float = 1.0, bicubic: bool = False) -> Tensor:
+        """uint8 [len(rows), 3, size, size], in the order of `rows`; zoom and bicubic as `square` takes them.
 
         Rows are decoded in the order of the files, which reads each Parquet row group once.
         """
         images = np.empty((len(rows), size, size, 3), dtype=np.uint8)
         for i in rows.argsort().tolist():
-            images[i] = self._square(int(rows[i]), size)
+            images[i] = self._square(int(rows[i]), size, zoom, bicubic)
         return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
-    def _square(self, row: int, size: int) -> np.ndarray:
+    def _square(self, row: int, size: int, zoom: float, bicubic: bool) -> np.ndarray:
         try:
             image = self.read(row)
             if not isinstance(image, Image.Image):
-                return decode(image, size, self.where(row))
+                return decode(image, size, self.where(row), zoom, bicubic)
             with image:
-                return square(image, size)
+                return square(image, size, zoom, bicubic)
         except FileNotFoundError:
             raise UserError(f"expected the image {self.where(row)}, found none; fetch the files again") from None
         except UserError:  # is a ValueError, as an unreadable image is

@@ -17,7 +17,7 @@ class Use:
     """How one line of papers reads a data set.
 
     templates: with one {} for the class; classes: how many; splits: {split: {"n": images, and what the source needs}};
-    options: what the source needs for every split; naming: a rule of `classnames`.
+    options: what the source needs for every split; naming: a rule of `classnames`; zoom and bicubic: how the papers resize.
     """
 
     templates: tuple[str, ...]
@@ -25,6 +25,8 @@ class Use:
     source: str
     splits: dict[str, dict]
     naming: str = ""
+    zoom: float = 1.0
+    bicubic: bool = False
     options: dict[str, str] = field(default_factory=dict)
 
 
@@ -48,10 +50,9 @@ class Dataset:
 
 
 def _use(entry: dict, use: dict) -> Use:
-    known = ("templates", "classes", "source", "splits", "naming")
-    options = {key: value for key, value in use.items() if key not in known}
-    classes, naming = use.get("classes", entry["classes"]), use.get("naming", "")
-    return Use(tuple(use["templates"]), classes, use["source"], use["splits"], naming, options)
+    stated = {"classes": entry["classes"]} | use | {"templates": tuple(use["templates"])}
+    options = {key: stated.pop(key) for key in ("class", "file", "images") if key in stated}
+    return Use(**stated, options=options)
 
 
 def _dataset(name: str, entry: dict) -> Dataset:

@@ -1,11 +1,16 @@
 """Full-size sets from disk, on a few images in each original layout: every image keeps its own class name."""
 
+import io
 import json
 
+import numpy as np
 import pytest
 import small_sets
 import torch
+from PIL import Image
 from small_sets import LEVELS, TORCHVISION, flat, put, shrink, write_parquet
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import center_crop, resize
 
 from robustvlm_lite import runner
 from robustvlm_lite.data import load, uses
@@ -48,6 +53,24 @@ def test_files_are_taken_in_the_order_of_their_paths(tmp_path, monkeypatch):
     shrink(monkeypatch, "tga_zsr/sun397")
     ids = load("tga_zsr/sun397", data_root=str(tmp_path), size=8).ids
     assert list(ids) == sorted(ids) and ids[0] == "SUN397/a/abbey/sun_1.jpg"
+
+
+@pytest.mark.parametrize("name, bicubic, short", [("tga_zsr/food101", False, 32), ("coop/food101", True, 28)])
+def test_images_are_resized_as_the_papers_do(name, bicubic, short, tmp_path, monkeypatch):
+    keys = small_sets.food101(tmp_path / "full/food101", monkeypatch)
+    noise = np.random.default_rng(0).integers(0, 256, (50, 60, 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    put(tmp_path / "full/food101/food-101/images/sushi/1.jpg", buffer.getvalue())
+    rows = [[f"{key}/{i}.jpg", c, key] for c, key in enumerate(keys) for i in (1, 2)]
+    put(tmp_path / "full/food101/split_zhou_Food101.json", json.dumps({"test": rows}))
+    shrink(monkeypatch, name, keys)
+    mode = InterpolationMode.BICUBIC if bicubic else InterpolationMode.BILINEAR
+    expected = center_crop(resize(image, [short, round(60 * short / 50)], mode), [28, 28])
+    images = load(name, data_root=str(tmp_path), size=28)
+    shown = images.images[images.ids.index(next(i for i in images.ids if i.endswith("sushi/1.jpg")))]
+    assert np.array_equal(shown.permute(1, 2, 0).numpy(), np.asarray(expected))
 
 
 # ---- class folders
