@@ -145,14 +145,16 @@ def _data_list(args) -> None:
     _print_table(HEADER, inventory(args.data_root))
 
 
-def _data_prepare(args) -> None:
+def _data_prepare(args) -> int:
     from .data.prepare import prepare, report
     from .data.registry import find
 
     dataset = find(args.name)
     print(f"{dataset.title}: {dataset.licence}")
     folder = prepare(args.name, args.root)
-    print("\n".join([f"{dataset.title} is in {folder}", *report(dataset, args.root)]))
+    lines, whole = report(dataset, args.root)
+    print("\n".join([f"{dataset.title} is in {folder}", *lines]))
+    return 0 if whole else 1
 
 
 def _claims(args) -> int:
@@ -236,7 +238,7 @@ def guarded(function: Callable[[], int | None]) -> int:
     try:
         return function() or 0
     except KeyboardInterrupt:
-        print("robustvlm: stopped; --resume goes on from the last finished cell", file=sys.stderr)
+        print("robustvlm: stopped; the same command goes on, run and evaluate with --resume", file=sys.stderr)
         return 130
     except Exception as error:
         from .runner import RunError

@@ -28,23 +28,39 @@ def numbered(key: str) -> str:
     return plain(re.sub(r"^\d+\.|-101$", "", key))
 
 
-def lemmas(wnids: Sequence[str]) -> list[str]:
-    """The first WordNet lemma of each id, as in "tench" for n01440764."""
+def wordnet_ids(keys: Sequence[str]) -> list[str]:
+    """WordNet ids of ImageNet's classes, whose keys are the ids, labels (the folders of ImageNet-V2) or all descriptions.
+
+    A list of 1,000 descriptions counts as ImageNet-1k's in label order if nearly all agree: copies spell a few differently,
+    such as the second of its two cranes.
+    """
     from timm.data import ImageNetInfo
 
     info = ImageNetInfo()
-    return [plain(info.label_name_to_description(wnid).split(",")[0]) for wnid in wnids]
+    ids, descriptions = info.label_names(), info.label_descriptions()
+    if len(keys) == len(ids):
+        agree = sum(_same(key) == _same(text) for key, text in zip(keys, descriptions, strict=True))
+        if agree >= 0.98 * len(ids):
+            return ids
+    return [ids[int(key)] if key.isdigit() else key for key in keys]
+
+
+def lemmas(keys: Sequence[str]) -> list[str]:
+    """The first WordNet lemma of each class, as in "tench" for n01440764."""
+    from timm.data import ImageNetInfo
+
+    info = ImageNetInfo()
+    return [plain(info.label_name_to_description(wnid).split(",")[0]) for wnid in wordnet_ids(keys)]
 
 
 def cleaned(keys: Sequence[str]) -> list[str]:
-    """OpenAI's cleaned ImageNet names; a key is a WordNet id, or the label itself as in the folders of ImageNet-V2."""
+    """ImageNet's names as OpenAI cleaned them."""
     from timm.data import ImageNetInfo
 
     from ..clip import imagenet_names
 
-    labels = {wnid: label for label, wnid in enumerate(ImageNetInfo().label_names())}
-    names = imagenet_names()
-    return [names[int(key) if key.isdigit() else labels[key]] for key in keys]
+    names = dict(zip(ImageNetInfo().label_names(), imagenet_names(), strict=True))
+    return [names[wnid] for wnid in wordnet_ids(keys)]
 
 
 RULES = {
@@ -82,7 +98,7 @@ def prompt_names(dataset: Dataset, use: Use, keys: Sequence[str], where: Path, n
         return tuple(RULES[use.naming](keys))
     except (KeyError, IndexError) as error:
         raise UserError(
-            f"expected ImageNet's WordNet ids as classes, got {error} in {where}; sort the images into such folders"
+            f"expected ImageNet's WordNet ids as classes, got {error} in {where}; name the folders by them"
         ) from None
 
 

@@ -52,6 +52,10 @@ def find_parts(folder: Path, split: str) -> Parts:
         if missing := set(range(of)) - here:
             name = f"{split}-{min(missing):05d}-of-{of:05d}.parquet"
             raise UserError(f"expected {of} {split} files in {folder}, {name} is missing; fetch it again")
+        if len(files) > of:
+            raise UserError(
+                f"expected {of} {split} files in {folder}, got {len(files)}; remove those of another version"
+            )
     sums = _sums(folder.parent / SUMS)
     for file in files:
         expected = sums.get(f"{folder.name}/{file.name}")

@@ -14,7 +14,7 @@ from .registry import Dataset, find
 from .sources import lacking, read_listing
 
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".zip")
-DAMAGED = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError)
+DAMAGED = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError, RuntimeError)
 
 
 def prepare(name: str, root: str) -> Path:
@@ -30,7 +30,7 @@ def prepare(name: str, root: str) -> Path:
         raise UserError(
             f"{dataset.title} cannot be fetched by a program; obtain it: {dataset.obtain}; put it into {folder}"
         )
-    if folder.is_dir() and not all(lacking(dataset, use, root) for use in dataset.uses.values()):
+    if _is_there(dataset, root):
         return folder
     work = folder.with_name(f".{dataset.name}.unfinished")
     try:
@@ -41,6 +41,13 @@ def prepare(name: str, root: str) -> Path:
     except OSError as error:
         raise UserError(f"cannot write below {root}: {error.strerror or error}; choose another --root") from None
     return folder
+
+
+def _is_there(dataset: Dataset, root: str) -> bool:
+    folder = dataset.folder(root)
+    if dataset.uses:  # which may want more than one file each, such as a list of CoOp's
+        return not all(lacking(dataset, use, root) for use in dataset.uses.values())
+    return folder.is_dir() and any(folder.iterdir())
 
 
 def _unpack_all(dataset: Dataset, work: Path) -> Path:
@@ -118,13 +125,14 @@ def _check_member(member: zipfile.ZipInfo, archive: Path) -> None:
         raise UserError(f"expected an archive of plain files, {archive.name} holds an unsafe one: {member.filename!r}")
 
 
-def report(dataset: Dataset, root: str) -> list[str]:
-    """One line a use: the images of each split as they are listed now, or what is still wanting."""
-    lines = []
+def report(dataset: Dataset, root: str) -> tuple[list[str], bool]:
+    """One line a use: the images of each split as they are listed now, or what is still wanting; and whether one is whole."""
+    lines, whole = [], not dataset.uses
     for group, use in dataset.uses.items():
         try:
             counts = {split: len(read_listing(dataset, use, split, root).labels) for split in use.splits}
             lines.append(f"{group}/{dataset.name}: " + ", ".join(f"{n} {split}" for split, n in counts.items()))
+            whole = True
         except UserError as error:
             lines.append(f"{group}/{dataset.name}: {error}")
-    return lines
+    return lines, whole

@@ -80,7 +80,7 @@ def torchvision_listing(folder: Path, class_name: str, kwargs: dict) -> Listing:
 
     try:
         data = getattr(datasets, class_name)(str(folder), **kwargs)
-    except (RuntimeError, OSError, KeyError, ValueError) as error:
+    except Exception as error:  # each class of torchvision stumbles in its own way over files that are not its own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"expected the layout of torchvision's {class_name} in {folder}, got: {reason}; fetch the files again"
@@ -151,6 +151,10 @@ def folder_listing(folder: Path, annotations: str = "") -> Listing:
         raise UserError(f"expected the folder {folder}, found none; fetch the files again")
     if annotations and (folder / annotations).is_file():
         lines = [line.split("\t")[:2] for line in (folder / annotations).read_text().splitlines()]
+        if (row := next((i for i, line in enumerate(lines) if len(line) < 2), None)) is not None:
+            raise UserError(
+                f"expected image <tab> class in row {row} of {folder / annotations}, got {lines[row]}; fetch it again"
+            )
         rows = sorted((f"images/{name}", key) for name, key in lines)
         keys = sorted({key for _, key in rows})
     else:
@@ -182,7 +186,6 @@ def parquet_listing(folder: Path, split: str, n_classes: int) -> Listing:
         table = pa.concat_tables([pq.ParquetFile(f).read(columns=[label, f"{image}.path"]) for f in parts.files])
         labels = torch.tensor(table[label].to_pylist(), dtype=torch.int64)
         paths = [row["path"] for row in table[image].to_pylist()]
-        parts.ends  # noqa: B018  (every file's own count, before an image is asked for)
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(

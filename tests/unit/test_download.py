@@ -310,6 +310,24 @@ def test_prepare_that_broke_off_goes_on_and_leaves_nothing_half(food, site, caps
     assert site.asked == [None] * 3, "the first archive was not asked for again"
 
 
+def test_prepare_says_by_its_code_that_no_use_is_whole(food, site, capsys, monkeypatch):
+    shrink(monkeypatch, "tga_zsr/food101", n=7)
+    assert cli.main(["data", "prepare", "food101", "--root", str(food)]) == 1
+    assert "tga_zsr/food101: expected 7 train images of Food-101" in capsys.readouterr().out
+
+
+def test_prepare_of_captions_asks_once(site, tmp_path, monkeypatch, capsys):
+    site.files = {"/captions.zip": zipped({"captions.json": b"{}"})}
+    entry = replace(registry.datasets()["coco_captions"], downloads=({"url": f"{site.url}/captions.zip"},))
+    everything = registry.datasets() | {"coco_captions": entry}
+    monkeypatch.setattr(registry, "datasets", lambda: everything)
+    for _ in range(2):
+        assert cli.main(["data", "prepare", "coco_captions", "--root", str(tmp_path)]) == 0
+    assert site.asked == [None] and (tmp_path / "full/coco_captions/captions.json").read_text() == "{}"
+    assert cli.main(["data", "list", "--data-root", str(tmp_path)]) == 0
+    assert re.search(r"coco_captions +here +.captioning. +20 GB", capsys.readouterr().out)
+
+
 def test_prepare_keeps_what_lies_there_and_refuses_what_is_in_the_way(food, site, capsys):
     (food / "full/food101").mkdir(parents=True)
     (food / "full/food101/split_zhou_Food101.json").write_text("[]")

@@ -117,6 +117,12 @@ def test_tiny_imagenet_by_its_list_of_annotations(tmp_path, monkeypatch):
     assert test.class_names == train.class_names
 
 
+def test_a_broken_list_of_annotations_names_its_row(tmp_path, monkeypatch):
+    put(tmp_path / "full/tiny_imagenet/tiny-imagenet-200/val/val_annotations.txt", "a.JPEG\tn01443537\nb.JPEG\n")
+    with pytest.raises(UserError, match="in row 1 of .+val_annotations.txt, got .'b.JPEG'.; fetch it again"):
+        load("tga_zsr/tiny_imagenet", data_root=str(tmp_path), size=8)
+
+
 # ---- CoOp's split files
 
 

@@ -132,6 +132,10 @@ PACK_ERRORS = {
         lambda f: (two_parts(f) / "test-00000-of-00002.parquet").unlink(),
         "test-00000-of-00002.+ missing",
     ),
+    "parts of two versions": (
+        lambda f: write_pack(two_parts(f), [(WHOLE, 0)]),
+        "expected . test files in .+, got 3; remove",
+    ),
     "bad row of a later part": (
         lambda f: write_pack(two_parts(f), [(WHOLE, 0), (b"no", 1)], part="00001-of-00002"),
         "2 bytes at own/1.png, row 1 of test-00001-of-00002.parquet",
