@@ -162,3 +162,13 @@ def center_prior(grid: int, n: int = 1) -> Tensor:
     """A map [n, N] that looks at nothing but the middle: what any map has to beat."""
     axis = torch.linspace(-1, 1, grid)
     return minmax(-(axis[:, None] ** 2 + axis[None] ** 2).flatten().expand(n, -1))
+
+
+def random_map(grid: int, n: int, generator: torch.Generator) -> Tensor:
+    """Maps [n, N] that know nothing, a fresh draw for each image."""
+    return torch.rand(n, grid * grid, generator=generator)
+
+
+def mask_map(masks: Tensor, grid: int) -> Tensor:
+    """Object masks [B, H, W] averaged over the patches, [B, N]: about what a map of this grid can reach at best."""
+    return F.adaptive_avg_pool2d(masks[:, None].float(), grid).flatten(1)

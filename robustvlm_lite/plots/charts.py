@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import ScalarFormatter
 
 from .style import NARROW, color, ink, looks, luminance, method_labels, new_figure, require, styled
 
@@ -52,7 +53,7 @@ def accuracy_vs_eps(rows, *, chance: float, order: Sequence[str] = (), width: fl
     ax.set_title(datasets[0], loc="left", color=GRAY)
     if len(attacks) > 1:
         handles = [Line2D([], [], color=GRAY, label=a, **_line(a, attacks)) for a in attacks]
-        ax.legend(handles=handles, loc="upper right", frameon=False, handlelength=2.2, borderaxespad=0)
+        ax.legend(handles=handles, loc="best", frameon=False, handlelength=2.2, borderaxespad=0)
     method_labels(ax, _heights(curves, budgets), height - 0.75, look)
     return fig
 
@@ -131,6 +132,7 @@ def paired_bars(
     ax.tick_params(axis="y", length=0)
     ax.set_ylim(len(diffs) - 0.5, -0.5)
     ax.spines["left"].set_visible(False)
+    ax.use_sticky_edges = False  # a bar that ends at zero leaves room for its dot
     ax.margins(x=0.08)
     ax.set_xlabel(f"{quantity} minus {reference}'s (points)", x=1, ha="right")
     ax.set_title(title, loc="left", color=GRAY)
@@ -164,11 +166,15 @@ def cost_scatter(points: Mapping[str, tuple], *, cost: str, quantity: str = "rob
 
 
 @styled
-def convergence(curves: Mapping, *, quantity: str, steps: str = "attack steps", percent: bool = False):
+def convergence(
+    curves: Mapping, *, quantity: str, steps: str = "attack steps", percent: bool = False, log: bool = False,
+    names: Sequence[str] = (),
+):  # fmt: skip
     """A quantity against attack steps; a curve that has gone flat says that more steps would change nothing.
 
     curves: name -> values [S] for steps 0 to S - 1, or (steps [S], values [S]). percent: the values are fractions and
-    the axis runs from 0 to 100.
+    the axis runs from 0 to 100. log: the steps are drawn by their logarithm.
+    names: written in place of the numbers 0 to S - 1.
     """
     require(curves, "expected at least one curve, got none")
     height = 2.4
@@ -182,8 +188,13 @@ def convergence(curves: Mapping, *, quantity: str, steps: str = "attack steps", 
         ax.plot(at, values, clip_on=not percent, markevery=max(1, len(values) // 6), **look[name])
         ends[name] = values[-1]
     ax.set(xlabel=steps, ylabel=quantity)
+    if log:
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter(ScalarFormatter())
     if percent:
         ax.set_ylim(0, 100)
+    if names:
+        ax.set_xticks(range(len(names)), names, rotation=90)
     method_labels(ax, ends, height - 0.55, look)
     return fig
 
