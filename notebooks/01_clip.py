@@ -10,7 +10,7 @@
 # # CLIP from pixels to logits, and how a few gray levels break it
 #
 # *An image becomes one vector, a sentence becomes one vector, and the nearest sentence is the answer. This page writes
-# each step out, measures what the model knows, and takes it away again with changes that nobody sees.*
+# each step out, measures what the model knows, and takes it away again with a few gray levels.*
 #
 # [Colab](https://colab.research.google.com/github/robustvlm-lite/robustvlm_lite/blob/main/notebooks/01_clip.ipynb) ·
 # [source](https://github.com/robustvlm-lite/robustvlm_lite/blob/main/notebooks/01_clip.py) ·
@@ -28,7 +28,7 @@
 # | What is attacked | the pixels, ℓ∞, white box: no channel of a pixel moves by more than ε/255 |
 # | Gradients usable? deterministic? | yes, and yes: logits are a smooth function of pixels |
 # | Cost | one pass of the image tower for an image; texts are encoded once for a list of classes |
-# | Found on this page | of the photographs of `{glue:text}`first-name``, {glue:text}`know-first:.0f` percent are named correctly; noise of ε leaves {glue:text}`noise-left:.0f`, an attack of the same size {glue:text}`pgd-left:.0f` |
+# | Found on this page | of {glue:text}`n-attacked` photographs of {glue:text}`first-name`, {glue:text}`clean-left:.0f` percent are named correctly; noise of ε = {glue:text}`eps`/255 leaves {glue:text}`noise-left:.0f`, an attack of the same size {glue:text}`pgd-left:.0f` |
 
 # %% tags=["parameters"]
 profile: str = "tiny"  # "tiny": laptop, 1 minute | "small": real image packs | "paper": OpenAI's CLIP, GPU
@@ -70,12 +70,12 @@ visual, same = clip.visual, torch.testing.assert_close
 # ## Before you start
 #
 # You need to know what a matrix product, a softmax and a gradient are. You will be able to compute CLIP's logits from
-# pixels without a library, to spot three mistakes that cost accuracy without an error message, and to say how far noise
-# and an attack of the same size differ. Reading takes about 30 minutes.
+# pixels without a library, to spot three kinds of mistake that cost accuracy without an error message, and to say how far
+# noise and an attack of the same size differ. Reading takes about 30 minutes.
 #
 # ## See it first
 #
-# The seed drew these photographs; none was in training. On the left is what the model says to them. On the right it sees
+# The seed drew these photographs; none was in a bundled model's training. On the left is what the model says to them. On the right it sees
 # the same photographs after a few steps of projected gradient descent (PGD), an attack that moves no channel of a pixel by
 # more than the budget.
 #
@@ -84,7 +84,7 @@ visual, same = clip.visual, torch.testing.assert_close
 # %%
 photos, far = (book.images(run, s) for s in sizes.photos)
 model = clip.classifier(photos.class_names, photos.templates)
-x, y = photos.pixels(range(32)).to(run.device), photos.labels[:32].to(run.device)
+x, y = photos.pixels(slice(32)).to(run.device), photos.labels[:32].to(run.device)
 pgd = attacks.get_attack(sizes.pgd)
 x_adv = pgd.run(model.fast(), x, y, threat, [(seed, photos.name, "first", i) for i in range(len(x))])
 with torch.no_grad():
@@ -299,7 +299,7 @@ book.show(figs, "scale", alt="Left, a table of cosines between five photographs 
 # %% [markdown]
 # The scale decides how sure the model sounds, not what it says: the order of the cosines stays. At the learned scale of
 # {glue:text}`scale:.1f` the answer has a mean probability of {glue:text}`sure:.0f` percent, and
-# {glue:text}`know-first:.0f` percent of the answers are right.
+# {glue:text}`know-first:.0f` percent of the answers are right. A model is *calibrated* where the two curves meet.
 #
 # For an attacker the scale matters in another way. Cross-entropy of a confident image is flat, and in half precision its
 # gradient rounds to zero. Chapter 04 shows what that does to published numbers.
@@ -335,14 +335,17 @@ for key, (images, found) in zip(("first", "second"), both.items(), strict=True):
 # %%
 book.show(figs, "prompts", alt="Accuracy of several prompt templates minus that of the bare class name, with intervals, one panel a set of photographs",
           caption=f"Accuracy with each template minus that with the bare class name, on the same images, 95 % paired bootstrap; n = {len(photos)} and {len(far)}. A filled dot: the interval excludes zero.")  # fmt: skip
-plain, negated = (clip.text_features(photos.class_names, [t]).cpu() for t in ("{}", "not a {}"))
+plain, asked, negated = (clip.text_features(photos.class_names, [t]).cpu() for t in ("{}", photos.templates[0], "not a {}"))
+book.glue("same-cosine", (plain * asked).sum(1).mean())
 book.glue("not-cosine", (plain * negated).sum(1).mean())
 book.glue("other-cosine", ((plain @ plain.T).sum() - len(plain)) / (len(plain) * (len(plain) - 1)))
 
 # %% [markdown]
 # The average of a set's own templates keeps {glue:text}`ensemble-first` the bare class name on
-# {glue:text}`first-name`, and {glue:text}`ensemble-second` it on {glue:text}`second-name`. The bundled model was trained with
-# several of these sentences at random and so has learned that they mean the same; OpenAI's read captions of every kind.
+# {glue:text}`first-name`, and {glue:text}`ensemble-second` it on {glue:text}`second-name`.
+#
+# A bundled model was trained with several of these sentences, drawn at random, so it had reason to read them alike: the bare name
+# and the first template have a mean cosine of {glue:text}`same-cosine:.2f`. OpenAI's model read captions of every kind.
 #
 # A template can also cost. Most on the first set: {glue:text}`worst-first`; on the second: {glue:text}`worst-second`.
 #
@@ -358,8 +361,8 @@ book.glue("other-cosine", ((plain @ plain.T).sum() - len(plain)) / (len(plain) *
 # Accuracy on photographs and on rendered scenes, each under the templates of its set. All names of a set compete,
 # and *chance* is one over their number. Intervals are Wilson's {cite}`wilson1927`.
 #
-# No test image was in training. The class names of the photographs were, for a bundled model; of OpenAI's training data nobody outside
-# knows.
+# For a bundled model, no test image was in training, and the class names of the photographs were. Of OpenAI's training data
+# nobody outside knows either.
 
 # %%
 rendered = {s[0]: book.images(run, s) for s in sizes.scenes}
@@ -386,7 +389,7 @@ book.sets_table(known, classes, caption="What the model names correctly, zero-sh
 # scenes are counted.
 
 # %%
-answers = {row.dataset: torch.from_numpy(row.records["prediction"].to_numpy()) for row in known}
+answers = {row.dataset: torch.from_numpy(evaluate.column(row.records, "prediction")) for row in known}
 figs = []
 for images in (photos, rendered["scenes/count"]):
     figs.append(plots.confusion_grid(images.labels, answers[images.name], images.class_names, title=images.name))
@@ -394,25 +397,28 @@ book.show(figs, "confusions", alt="Two grids of true classes against answers wit
           caption="Numbers of images: true class down, answer across; at most the ten classes with most errors. Frames: right answers.")  # fmt: skip
 
 # %%
-near = []
-for images in both:
+def near_misses(images, given):
+    """Of each wrong answer: is its text among the nearest fifth of the others to the true class's text?"""
     text = clip.text_features(images.class_names, images.templates).cpu()
     rank = (-(text @ text.T)).argsort(1).argsort(1)  # 0 is the class itself
-    given = answers[images.name]
-    near.append((rank[images.labels, given][given != images.labels] <= (len(text) - 1) / 5).float())
-near = torch.cat(near)
-book.glue("near", 100 * near.mean().item() if len(near) else float("nan"))
-interval = stats.wilson(int(near.sum()), len(near)) if len(near) else (0, 1)
-book.glue("near-interval", f"{100 * interval[0]:.0f} to {100 * interval[1]:.0f}")
-book.glue("near-n", len(near))
+    return rank[images.labels, given][given != images.labels] <= (len(text) - 1) / 5
+
+
+def glue_share(name, hits):
+    """Share of hits [n] in percent, with n and its interval."""
+    low, high = stats.wilson(int(hits.sum()), len(hits)) if len(hits) else (0, 1)
+    book.glue(name, f"{100 * hits.float().mean():.0f} percent (95 % interval {100 * low:.0f} to {100 * high:.0f}, n = {len(hits)})")
+
+
+glue_share("near", torch.cat([near_misses(images, answers[images.name]) for images in both]))
 
 # %% [markdown]
 # Are these errors near misses in words? Rank, for every true class, the other classes by the cosine of their *text* features.
-# Of all {glue:text}`near-n` errors on both sets of photographs, {glue:text}`near:.0f` percent (95 % interval {glue:text}`near-interval`) go
-# to the nearest fifth of the texts, where errors by chance would send a fifth.
+# Of the errors on both sets of photographs, {glue:text}`near` go to the nearest fifth of the texts, where chance would send
+# a fifth.
 #
-# The two towers were trained against each other, so classes that look alike get texts that lie close. An attacker profits
-# from it: the way to a neighbor is short.
+# The two towers were trained against each other, so classes that look alike can get texts that lie close. Does an attacker
+# go the same short way? The last section counts again.
 #
 # ## Words compose
 #
@@ -452,6 +458,7 @@ texts = {"words swapped": swapped, "color + shape": torch.nn.functional.normaliz
 pair_rows = list(rows.values())
 for images in (pairs, held):
     pair_rows += book.measure_logits(run, images, {m: scale * drawn[images.name] @ t.T for m, t in texts.items()})
+book.glue("chance-pair", 100 / len(split))
 told, true = answers[held.name], held.labels  # a label is color · shapes + shape
 book.glue("held-color", 100 * (told // len(scenes.SHAPES) == true // len(scenes.SHAPES)).float().mean())
 book.glue("held-shape", 100 * (told % len(scenes.SHAPES) == true % len(scenes.SHAPES)).float().mean())
@@ -459,15 +466,15 @@ columns = {"seen pairs": {"dataset": pairs.name}, "held-out pairs": {"dataset": 
 book.accuracy_table(pair_rows, columns=columns, caption=f"Three ways to write {len(split)} pairs; all of them compete.")
 
 # %% [markdown]
-# On held-out pairs the model is right on {glue:text}`know-pair-heldout:.0f` percent, where a model that knew only the pairs it
-# saw would score nothing. The color alone is right on {glue:text}`held-color:.0f` percent, the shape alone on
+# On held-out pairs the model is right on {glue:text}`know-pair-heldout:.0f` percent, where guessing gives
+# {glue:text}`chance-pair:.1f` and a model that knew only the pairs it saw would score nothing. The color alone is right on {glue:text}`held-color:.0f` percent, the shape alone on
 # {glue:text}`held-shape:.0f`.
 #
 # Read the other two lines as a warning, too. A model that does nearly as well with swapped words or with a sum of
 # features has understood *which* words occur. That is enough here, where a scene holds one object, and not enough to
 # tell "a red star left of a blue ring" from its mirror image.
 #
-# ## Three mistakes, live
+# ## Three kinds of mistake, live
 #
 # Each line below is a mistake that raises no error. The first line is the intended use; the others change one thing: what the text tower reads, or what
 # happens to the pixels before the model normalizes them.
@@ -521,6 +528,10 @@ book.paired_table(mistakes, mistakes[0], caption=f"{photos.name}: one thing chan
 # Rendered scenes have exact masks. Each map marks as many pixels as the object has, those where it is highest, and is
 # scored by intersection over union (IoU) with the mask.
 #
+# Two more maps follow the attention through all blocks. *Rollout* multiplies the blocks' matrices and knows no text
+# {cite}`abnar2020rollout`. *Gradient rollout* counts an attention by how much it raises the cosine with a caption
+# {cite}`chefer2021generic`; it is drawn for the scene's own caption and, as a control, for a wrong one.
+#
 # Three references frame the scores: *random* maps, a *center prior* that looks at the middle, and the mask itself seen
 # through the grid of patches, about the best that a map of this size can do.
 
@@ -533,9 +544,18 @@ named = attention.named_maps(clip, x_maps, own[look.labels], own.mean(0))
 limit = {"mask on the patch grid": attention.mask_map(look.masks, clip.grid)}
 
 # %%
+flows = {"rollout (no text)": attention.attention_rollout(clip, x_maps)}
+caption = own - own.mean(0)
+for name, label in (("gradient rollout", look.labels), ("gradient rollout, wrong text", (look.labels + 1) % len(own))):
+    flows[name] = attention.gradient_rollout(clip, x_maps, caption[label])
+
+# %%
+named |= flows
 found = book.measure_maps(run, "CLIP", look, references | named | limit, "none", 0.0, against="center prior")
 over = {r.extra["map"]: r for r in found}
 beats = [name for name in named if over[name].extra["over"][1] > 0]
+right_text, wrong_text = (attention.map_iou(named[f"gradient rollout{kind}"].cpu(), look.masks) for kind in ("", ", wrong text"))
+book.glue("wrong-text", book.compared(stats.paired_bootstrap(wrong_text.numpy(), right_text.numpy())))
 book.glue("beats", "; ".join(beats) or "none of them")
 book.glue("fails", "; ".join(name for name in named if name not in beats) or "none of them")
 book.table([{"map": name, "IoU": f"{r.value:.3f}", "95 % interval": f"{r.ci95[0]:.3f} to {r.ci95[1]:.3f}",
@@ -543,7 +563,8 @@ book.table([{"map": name, "IoU": f"{r.value:.3f}", "95 % interval": f"{r.ci95[0]
            caption=f"Overlap of maps with exact object masks, n = {len(look)} scenes; last column: paired difference with its 95 % interval.", card_link=True)  # fmt: skip
 
 # %%
-shown = {name: m[:3] for name, m in named.items()}
+columns = ("text-guided (Eq. 5)", "value path − mean", "CLS attention (no text)", "rollout (no text)", "gradient rollout")
+shown = {name: named[name][:3] for name in columns}
 fig = plots.map_strip(x_maps[:3], shown, look.masks[:3])
 book.show(fig, "maps", alt="Three rendered scenes, each with five maps drawn over it and the outline of its object",
           caption="The first three scenes of the subset. Outline: exact object mask.")  # fmt: skip
@@ -551,6 +572,9 @@ book.show(fig, "maps", alt="Three rendered scenes, each with five maps drawn ove
 # %% [markdown]
 # These maps lie on the object more than a look at the middle would: {glue:text}`beats`. These do not:
 # {glue:text}`fails`.
+#
+# The control asks whether a map follows the words. With a wrong caption the gradient rollout covers {glue:text}`wrong-text` it
+# does with the right one. Unless that is less, the map shows where something is, not where the words are.
 #
 # Nothing in training asks for such a map. The loss reads CLS alone; no patch token is ever compared with a text. In
 # OpenAI's CLIP, too, the plain product can be high on the background and low on the object {cite}`li2023clipsurgery`.
@@ -584,6 +608,7 @@ book.show(figs, "curves", alt="Two panels: accuracy under noise and under the at
 book.glue("eps", f"{eps_255:g}")
 small = ThreatModel(round(eps_255 * float(clip.std.mean()), 3))
 main = first[photos.name]
+book.glue("n-attacked", len(main))
 rows = book.measure(run, undefended, main, [(pgd, threat), (noise, threat), (pgd, small)])
 at = {(r.attack, r.eps_255, r.metric): r for r in rows}
 clean, noisy, hit = rows[0], at[noise.name, eps_255, "robust_acc"], at[pgd.name, eps_255, "robust_acc"]
@@ -591,6 +616,9 @@ half = {name: [r.eps_255 for r in found if r.attack == pgd.name and r.value < fo
 for name, value in {"noise-left": noisy.value, "pgd-left": hit.value, "clean-left": clean.value,
                     "pgd-weak": at[pgd.name, small.eps_255, "robust_acc"].value}.items():  # fmt: skip
     book.glue(name, 100 * value)
+turned = torch.from_numpy(evaluate.column(hit.records, "prediction"))
+turned = torch.where(torch.from_numpy(evaluate.column(clean.records, "correct")), turned, main.labels)  # right when clean
+glue_share("near-attacked", near_misses(main, turned))
 book.glue("noise-words", book.compared(evaluate.paired(noisy.records, clean.records)))
 book.glue("half", f"{min(half[photos.name]):g}/255" if half[photos.name] else "more than the largest of these")
 
@@ -604,6 +632,9 @@ book.accuracy_table(rows, columns=columns, caption=f"{main.name}, undefended.")
 # %% [markdown]
 # Noise keeps {glue:text}`noise-words` the clean accuracy; the attack, which changes no pixel by more, leaves {glue:text}`pgd-left:.0f` of
 # {glue:text}`clean-left:.0f` percent. The smallest budget of the grid that takes more than half is {glue:text}`half`.
+#
+# Where does the attack arrive? Of the answers that it turned, {glue:text}`near-attacked` lie in the nearest fifth of the texts.
+# It only asked to leave the true class.
 #
 # Taken on normalized tensors, the "same" ε leaves {glue:text}`pgd-weak:.0f` percent. Nothing was defended; the attack
 # was weaker than its caption says. Ask of every robust accuracy in which unit its budget was counted.
@@ -700,7 +731,7 @@ exercises.check_templates(["a photo of a {}.", "a picture of the {}.", "{}"], cl
 # - Noise of ε = {glue:text}`eps`/255 leaves {glue:text}`noise-left:.0f` percent, an attack of that size {glue:text}`pgd-left:.0f`. The model is not
 #   sensitive to change, but to direction.
 #
-# Next: [](04_tga_zsr.py) trains against the attack, and measures what holds.
+# Next: [chapter 04](04_tga_zsr.py) trains against the attack, and measures what holds.
 
 # %%
 book.footer(run)
