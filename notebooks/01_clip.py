@@ -302,7 +302,7 @@ book.show(figs, "scale", alt="Left, a table of cosines between five photographs 
 # {glue:text}`know-first:.0f` percent of the answers are right. A model is *calibrated* where the two curves meet.
 #
 # For an attacker the scale matters in another way. Cross-entropy of a confident image is flat, and in half precision its
-# gradient rounds to zero. Chapter 04 shows what that does to published numbers.
+# gradient rounds to zero: chapter 04 counts how many pixels then have none.
 #
 # ## Prompts
 #
@@ -353,8 +353,8 @@ book.glue("other-cosine", ((plain @ plain.T).sum() - len(plain)) / (len(plain) *
 # name on the first set, {glue:text}`not-second` it on the second.
 #
 # The reason can be measured. The feature of a name and that of its negation have a mean cosine of
-# {glue:text}`not-cosine:.2f`; two different names have {glue:text}`other-cosine:.2f`. A text feature says what a sentence is about
-# more than what it says about it.
+# {glue:text}`not-cosine:.2f`; two different names have {glue:text}`other-cosine:.2f`. The nearer the first is to one, the more
+# a text feature says what a sentence is about, and the less what it says about it.
 #
 # ## What it knows
 #
@@ -380,8 +380,8 @@ classes = {images.name: len(images.class_names) for images in (*both, *rendered.
 book.sets_table(known, classes, caption="What the model names correctly, zero-shot.")
 
 # %% [markdown]
-# The scenes ask for one thing at a time: the color of an object, its shape, its texture, how many objects there are, or color and shape
-# together. Compare a line with its chance before you compare two lines: a task of eight names is easier than one of eighty.
+# The scenes ask for one thing at a time: the color of an object, its shape, its texture, how many objects there are, or
+# color and shape together. Compare a line with its chance before you compare two lines: a task of eight names is easier than one of eighty.
 #
 # ## What it confuses
 #
@@ -476,8 +476,8 @@ book.accuracy_table(pair_rows, columns=columns, caption=f"Three ways to write {l
 #
 # ## Three kinds of mistake, live
 #
-# Each line below is a mistake that raises no error. The first line is the intended use; the others change one thing: what the text tower reads, or what
-# happens to the pixels before the model normalizes them.
+# None of these raises an error. The first line is the intended use. The others change one thing: the prompt, the list of
+# classes, or what happens to the pixels before the model normalizes them.
 
 # %%
 intended, others = model.text_features.cpu(), [name for name in far.class_names if name not in photos.class_names]
@@ -513,8 +513,8 @@ book.paired_table(mistakes, mistakes[0], caption=f"{photos.name}: one thing chan
 # %% [markdown]
 # A loud mistake costs more than half of the accuracy, and somebody will look for it. Here these are: {glue:text}`loud`.
 #
-# A quiet one costs less, and its table goes to print. Here: {glue:text}`quiet`. The number to compare with is that of the
-# authors, on the same images; where it is missing, write the pipeline out once, as above, and compare tensors.
+# A quiet one costs less, and its table goes to print. Here: {glue:text}`quiet`. A published accuracy of the same weights on
+# the same images would show it; where there is none, write the pipeline out once, as above, and compare tensors.
 #
 # A longer class list is no mistake in itself. It makes the task harder, and so two accuracies under different lists
 # cannot be compared, however alike the names of the data sets.

@@ -83,7 +83,7 @@ def confusion_grid(
     touched = errors.sum(0) + errors.sum(1)
     kept = np.sort(np.argsort(-touched, kind="stable")[:most])
     other = counts[kept].sum(1) - counts[np.ix_(kept, kept)].sum(1)
-    table = np.column_stack([counts[np.ix_(kept, kept)], other])
+    table = np.column_stack([counts[np.ix_(kept, kept)], *([other] if other.any() else [])])
     shares = table / np.maximum(table.sum(1, keepdims=True), 1)
 
     fig = new_figure(NARROW, 1.0 + 0.22 * len(kept))
@@ -94,7 +94,7 @@ def confusion_grid(
         _frame(ax, i, i)
     names = [_short(class_names[c]) for c in kept]
     ax.set_yticks(range(len(kept)), names)
-    ax.set_xticks(range(len(kept) + 1), [*names, "other"], rotation=90)
+    ax.set_xticks(range(table.shape[1]), [*names, "other"][: table.shape[1]], rotation=90)
     ax.set_title(title, loc="left", color=GRAY)
     return fig
 

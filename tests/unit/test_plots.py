@@ -60,6 +60,12 @@ def test_attacks_differ_by_line_and_methods_by_hue():
     assert [t.get_text() for t in ax.get_legend().get_texts()] == ["pgd-20", "cw-20"]
 
 
+def test_one_method_under_two_attacks_is_named_by_attack():
+    both = [r for r in rows() + rows("noise") if r.method == "CLIP"]
+    (ax,) = plots.accuracy_vs_eps(both, chance=0.04).axes
+    assert {"pgd-20", "noise"} <= set(texts(ax)) and "CLIP" not in texts(ax) and ax.get_legend() is None
+
+
 def test_seeds_are_thin_lines_around_their_mean():
     (ax,) = plots.accuracy_vs_eps(rows(seed=0) + rows(seed=1), chance=0.04).axes
     assert not ax.collections  # the interval of one seed is not that of the mean
