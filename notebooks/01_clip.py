@@ -398,24 +398,26 @@ book.show(figs, "confusions", alt="Two grids of true classes against answers wit
 
 # %%
 def near_misses(images, given):
-    """Of each wrong answer: is its text among the nearest fifth of the others to the true class's text?"""
+    """Of each wrong answer: is its text in the nearest fifth of the others to the true class's? And how likely by chance?"""
     text = clip.text_features(images.class_names, images.templates).cpu()
     rank = (-(text @ text.T)).argsort(1).argsort(1)  # 0 is the class itself
-    return rank[images.labels, given][given != images.labels] <= (len(text) - 1) / 5
+    k, wrong = max(1, round((len(text) - 1) / 5)), given != images.labels
+    hits = rank[images.labels, given][wrong] <= k
+    return torch.stack([hits.float(), torch.full_like(hits, k / (len(text) - 1), dtype=torch.float)])
 
 
-def glue_share(name, hits):
-    """Share of hits [n] in percent, with n and its interval."""
+def glue_share(name, hits, chance):
+    """Share of hits [n] in percent, with its interval, n and what chance would give."""
     low, high = stats.wilson(int(hits.sum()), len(hits)) if len(hits) else (0, 1)
-    book.glue(name, f"{100 * hits.float().mean():.0f} percent (95 % interval {100 * low:.0f} to {100 * high:.0f}, n = {len(hits)})")
+    interval = f"95 % interval {100 * low:.0f} to {100 * high:.0f}, n = {len(hits)}"
+    book.glue(name, f"{100 * hits.mean():.0f} percent ({interval}; by chance {100 * chance.mean():.0f})")
 
 
-glue_share("near", torch.cat([near_misses(images, answers[images.name]) for images in both]))
+glue_share("near", *torch.cat([near_misses(images, answers[images.name]) for images in both], dim=1))
 
 # %% [markdown]
 # Are these errors near misses in words? Rank, for every true class, the other classes by the cosine of their *text* features.
-# Of the errors on both sets of photographs, {glue:text}`near` go to the nearest fifth of the texts, where chance would send
-# a fifth.
+# Of the errors on both sets of photographs, {glue:text}`near` go to the nearest fifth of the texts.
 #
 # The two towers were trained against each other, so classes that look alike can get texts that lie close. Does an attacker
 # go the same short way? The last section counts again.
@@ -618,7 +620,7 @@ for name, value in {"noise-left": noisy.value, "pgd-left": hit.value, "clean-lef
     book.glue(name, 100 * value)
 turned = torch.from_numpy(evaluate.column(hit.records, "prediction"))
 turned = torch.where(torch.from_numpy(evaluate.column(clean.records, "correct")), turned, main.labels)  # right when clean
-glue_share("near-attacked", near_misses(main, turned))
+glue_share("near-attacked", *near_misses(main, turned))
 book.glue("noise-words", book.compared(evaluate.paired(noisy.records, clean.records)))
 book.glue("half", f"{min(half[photos.name]):g}/255" if half[photos.name] else "more than the largest of these")
 
