@@ -299,7 +299,7 @@ book.show(figs, "scale", alt="Left, a table of cosines between five photographs 
 # %% [markdown]
 # The scale decides how sure the model sounds, not what it says: the order of the cosines stays. At the learned scale of
 # {glue:text}`scale:.1f` the answer has a mean probability of {glue:text}`sure:.0f` percent, and
-# {glue:text}`know-first:.0f` percent of the answers are right. A model is *calibrated* where the two curves meet.
+# {glue:text}`know-first:.0f` percent of the answers are right. Where the curves meet, it is on average as often right as it is sure.
 #
 # For an attacker the scale matters in another way. Cross-entropy of a confident image is flat, and in half precision its
 # gradient rounds to zero: chapter 04 counts how many pixels then have none.
@@ -442,12 +442,13 @@ for label, name in enumerate(pairs.class_names):
 # %%
 cells = {pair: cells[pair] for pair in split.values() if pair in cells}
 marked = [split[name] for name in scenes.HELD_OUT_PAIRS if split[name] in cells]
-book.show(plots.pair_grid(cells, marked=marked), "pairs", alt="A grid of colors down and shapes across with the accuracy of each pair; the framed pairs, which training never showed, are near the others",
+book.show(plots.pair_grid(cells, marked=marked), "pairs", alt="A grid of colors down and shapes across with the accuracy of each pair; the pairs that training never showed are framed",
           caption=f"Accuracy in percent of each pair among all {len(pairs.class_names)} names, n = {len(pairs)} seen and {len(held)} held-out scenes in all. Framed: held out.")  # fmt: skip
 
 # %% [markdown]
-# Two controls say what kind of composition this is. *Words swapped* asks for "circle cyan". *Color + shape* never writes
-# a pair at all: it adds the feature of "the cyan shape" to that of "the circle" and takes the sum's direction.
+# A cell holds few scenes: the grid is for looking, the table below for measuring. Two controls in it say what kind of
+# composition this is. *Words swapped* asks for "circle cyan". *Color + shape* never writes
+# a pair at all; it adds the feature of "the cyan shape" to that of "the circle" and takes the sum's direction.
 
 # %%
 colors = clip.text_features(scenes.COLORS, scenes.TASKS["color"][1]).cpu()

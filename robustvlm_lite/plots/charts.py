@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import StrMethodFormatter
 
 from .style import NARROW, color, ink, looks, luminance, method_labels, new_figure, require, styled
 
@@ -196,7 +196,7 @@ def convergence(
     ax.set(xlabel=steps, ylabel=quantity)
     if log:
         ax.set_xscale("log", base=2)
-        ax.xaxis.set_major_formatter(ScalarFormatter())
+        ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     if percent:
         ax.set_ylim(0, 100)
     if names:
