@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from robustvlm_lite import scenes
-from robustvlm_lite.data.packs import decode, read_rows
+from robustvlm_lite.data.decoding import decode
+from robustvlm_lite.data.packs import read_rows
 from robustvlm_lite.runtime import generator, sha256
 
 # share of the photographs, and whether rare classes are drawn more often (weight count^-1/2)

@@ -93,6 +93,37 @@ def cls_map(clip: ZeroShotCLIP, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def attention_rollout(clip: ZeroShotCLIP, x: Tensor) -> Tensor:
+    """Attention followed through all blocks (Abnar and Zuidema 2020): what reaches CLS from each patch, no text. [B, N].
+
+    Half of a token is its own, half comes by attention (mean over heads), and the blocks' matrices are multiplied.
+    """
+    _, matrices = transformer.image_matrices(clip.visual, clip.normalize(x))
+    flow = torch.eye(matrices[0].shape[-1], device=x.device)
+    own = flow.clone()
+    for weights in matrices:
+        flow = (own + weights.mean(dim=1)) / 2 @ flow
+    return minmax(flow[:, 0, 1:])
+
+
+def gradient_rollout(clip: ZeroShotCLIP, x: Tensor, text: Tensor) -> Tensor:
+    """Attention that raises the cosine with a text, summed over all paths to CLS (Chefer et al. 2021). [B, N], detached.
+
+    In each block the attention matrices are multiplied with their own gradient; the positive part, averaged over heads,
+    is added to what has reached a token so far. text: [B, D], one direction an image.
+    """
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        tokens, matrices = transformer.image_matrices(clip.visual, clip.normalize(x))
+        feature = F.normalize(transformer.project(clip.visual, tokens[:, :1])[:, 0], dim=-1)
+        gradients = torch.autograd.grad((feature * text).sum(), matrices)
+    relevance = torch.eye(matrices[0].shape[-1], device=x.device).expand(len(x), -1, -1)
+    for weights, gradient in zip(matrices, gradients, strict=True):
+        relevance = relevance + (weights.detach() * gradient).relu().mean(dim=1) @ relevance
+    return minmax(relevance[:, 0, 1:])
+
+
+@torch.no_grad()
 def named_maps(clip: ZeroShotCLIP, x: Tensor, text: Tensor, mean_text: Tensor) -> dict[str, Tensor]:
     """Every map of one image that the book compares, by name: x [B, 3, H, W], text [B, D], mean_text [D] -> [B, N] each."""
     guided = text_map(clip.tokens(x), text)
@@ -162,3 +193,13 @@ def center_prior(grid: int, n: int = 1) -> Tensor:
     """A map [n, N] that looks at nothing but the middle: what any map has to beat."""
     axis = torch.linspace(-1, 1, grid)
     return minmax(-(axis[:, None] ** 2 + axis[None] ** 2).flatten().expand(n, -1))
+
+
+def random_map(grid: int, n: int, generator: torch.Generator) -> Tensor:
+    """Maps [n, N] that know nothing, a fresh draw for each image."""
+    return torch.rand(n, grid * grid, generator=generator)
+
+
+def mask_map(masks: Tensor, grid: int) -> Tensor:
+    """Object masks [B, H, W] averaged over the patches, [B, N]: about what a map of this grid can reach at best."""
+    return F.adaptive_avg_pool2d(masks[:, None].float(), grid).flatten(1)

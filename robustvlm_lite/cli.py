@@ -54,7 +54,11 @@ def parser() -> Parser:
 
     data = commands.add_parser("data", help="data sets by name").add_subparsers(metavar="COMMAND", required=True)
     listed = command(_data_list, "list", "every data set: where it is, its size and licence", "data list", to=data)
-    listed.add_argument("--data-root", default="", metavar="DIR", help="folder that holds the packs stl10/, cifar10/ …")
+    listed.add_argument("--data-root", default="", metavar="DIR", help="folder that holds stl10/, cifar10/ …, full/")
+    example = "data prepare food101 --root data/"
+    prepared = command(_data_prepare, "prepare", "fetch a full-size data set, and check it", example, to=data)
+    prepared.add_argument("name", metavar="NAME", help="a data set of the papers that `robustvlm data list` shows")
+    prepared.add_argument("--root", required=True, metavar="DIR", help="the data root: files come to DIR/full/NAME")
 
     example = "evaluate --data my_images/ --defense TeCoA --attack pgd --eps-255 2 -n 200"
     own = command(_evaluate, "evaluate", "your own images and checkpoint, clean and under attack", example)
@@ -136,25 +140,21 @@ def _evaluate(args) -> None:
 
 
 def _data_list(args) -> None:
-    import pyarrow.parquet as pq
+    from .data.inventory import HEADER, inventory
 
-    from .data import PACKS, names, pack_folder
-    from .runtime import UserError
+    _print_table(HEADER, inventory(args.data_root))
 
-    lines = []
-    for name in names():
-        if name not in PACKS:
-            lines.append((name, "rendered", "any", "drawn by this package"))
-            continue
-        pack, where, n = PACKS[name], "missing", "-"
-        try:
-            files = pack_folder(name, args.data_root).glob(f"{pack.test_split}-*.parquet")
-            n = str(sum(pq.ParquetFile(file).metadata.num_rows for file in files))
-            where = "bundled" if name.startswith("photos/") else "here"
-        except UserError:
-            n = "-"  # its folder is not under the data root
-        lines.append((name, where, n, pack.licence))
-    _print_table(("data set", "where", "n (test)", "licence"), lines)
+
+def _data_prepare(args) -> int:
+    from .data.prepare import prepare, report
+    from .data.registry import find
+
+    dataset = find(args.name)
+    print(f"{dataset.title}: {dataset.licence}")
+    folder = prepare(args.name, args.root)
+    lines, whole = report(dataset, args.root)
+    print("\n".join([f"{dataset.title} is in {folder}", *lines]))
+    return 0 if whole else 1
 
 
 def _claims(args) -> int:
@@ -238,7 +238,7 @@ def guarded(function: Callable[[], int | None]) -> int:
     try:
         return function() or 0
     except KeyboardInterrupt:
-        print("robustvlm: stopped; --resume goes on from the last finished cell", file=sys.stderr)
+        print("robustvlm: stopped; the same command goes on, run and evaluate with --resume", file=sys.stderr)
         return 130
     except Exception as error:
         from .runner import RunError

@@ -291,3 +291,10 @@ def random_clip(name: str = "nano", seed: int = 0) -> ZeroShotCLIP:
         torch.manual_seed(seed)
         model = _empty_model(open_clip, name)
     return ZeroShotCLIP(model, _tokenizer(open_clip, name), name, f"random-{seed}").eval()
+
+
+def imagenet_names() -> tuple[str, ...]:
+    """Prompt names of ImageNet-1k in label order, as OpenAI cleaned them and open_clip carries them."""
+    from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
+
+    return tuple(IMAGENET_CLASSNAMES)

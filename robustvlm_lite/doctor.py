@@ -133,6 +133,7 @@ def packs(data_root: str) -> str:
     if not root.is_dir():
         raise Problem(f"data root {root} is no folder; give the one that holds stl10/, cifar10/ …")
     found = sorted(p.parent.name for p in root.glob("*/classes.json"))
+    found += sorted(f"full/{p.name}" for p in root.glob("full/[!.]*") if p.is_dir())
     if not found:
         raise Problem(f"data root {root} holds no pack (NAME/classes.json with Parquet beside it); check the path")
     sums = root / "SHA256SUMS"

@@ -66,6 +66,21 @@ def evaluate(
     return rows
 
 
+def clean_row(logits: torch.Tensor, data: ImageSet, *, method: str, seed: int = 0, weights_sha256: str = "") -> Row:
+    """The clean_acc row of logits [N, C] of all images of `data`, in their order.
+
+    For what `evaluate` would compute again and again: many lists of classes read the same image features.
+    """
+    if len(logits) != len(data) or logits.shape[1] <= int(data.labels.max()):
+        got = f"{list(logits.shape)} for {len(data)} images with labels up to {int(data.labels.max())}"
+        raise UserError(f"expected logits [N, C] of every image of {data.name}, got {got}")
+    prediction, margin = _answers(logits, data.labels.to(logits.device), f"{method} · {data.name}", "the images")
+    place = {"method": method, "dataset": data.name, "attack": "none", "eps_255": 0.0, "seed": seed}
+    records = _table(data, prediction=prediction, margin=margin, prediction_8bit=prediction, linf_255=0.0, **place)
+    hashes = {"weights_sha256": weights_sha256, "data_sha256": data.sha256}
+    return _row(Cell(records, 0.0, len(data), 0), "clean_acc", hashes, {"seed": seed})
+
+
 def worst_case(rows: Iterable[Row]) -> Row:
     """The accuracy that is left when each image meets the attack that hurts it most.
 
@@ -204,20 +219,28 @@ class _Run:
     @torch.no_grad()
     def _verdict(self, x: torch.Tensor, y: torch.Tensor, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         with torch.autocast(x.device.type, enabled=False):
-            logits = self.model(x)
-        if not torch.isfinite(logits).all():
-            batch = f"the batch of images {index[0]} to {index[-1]}"
-            raise UserError(f"{self.cell}: expected finite logits, got NaN or infinity on {batch}; check the weights")
-        others = logits.scatter(1, y[:, None], -torch.inf)
-        margin = logits.gather(1, y[:, None])[:, 0] - others.amax(dim=1)
-        return logits.argmax(dim=1).cpu().numpy(), margin.float().cpu().numpy()
+            return _answers(self.model(x), y, self.cell, f"the batch of images {index[0]} to {index[-1]}")
 
     def _records(self, attack: str, eps_255: float, **columns):
-        n, label = len(self.data), self.data.labels.numpy()
-        columns["correct"] = columns["prediction"] == label
-        columns["correct_8bit"] = columns["prediction_8bit"] == label
         cell = {"method": self.method, "dataset": self.data.name, "attack": attack, "eps_255": eps_255}
-        return records_table(n=n, **cell, seed=self.seed, index=np.arange(n), label=label, **columns)
+        return _table(self.data, **cell, seed=self.seed, **columns)
+
+
+def _answers(logits: torch.Tensor, y: torch.Tensor, cell: str, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """(prediction, margin) of each image."""
+    if not torch.isfinite(logits).all():
+        raise UserError(f"{cell}: expected finite logits, got NaN or infinity on {where}; check the weights")
+    others = logits.scatter(1, y[:, None], -torch.inf)
+    margin = logits.gather(1, y[:, None])[:, 0] - others.amax(dim=1)
+    return logits.argmax(dim=1).cpu().numpy(), margin.float().cpu().numpy()
+
+
+def _table(data: ImageSet, **columns):
+    """Records of all images of a data set, with what follows from prediction and label."""
+    n, label = len(data), data.labels.numpy()
+    columns["correct"] = columns["prediction"] == label
+    columns["correct_8bit"] = columns["prediction_8bit"] == label
+    return records_table(n=n, index=np.arange(n), label=label, **columns)
 
 
 def _label(attack, threat) -> str:

@@ -78,6 +78,9 @@ def named_attack(name: str) -> Attack:
 def read_images(source: str, *, data_root: str, size: int, n: int | None, seed: int) -> ImageSet:
     """A folder's images, or those of a named set where no such folder exists."""
     by_name = source.split("/")[0] in {name.split("/")[0] for name in datasets.names()} and not Path(source).is_dir()
+    if source in datasets.uses():  # decodes no more than is asked: a full set need not fit into memory
+        n = min(DEFAULT_N, datasets.find_use(source)[1].splits["test"]["n"]) if n is None else n
+        return datasets.load(source, data_root=data_root, size=size, n=n, seed=seed)
     if by_name:
         images = datasets.load(source, data_root=data_root, size=size, seed=seed)
     else:

@@ -152,14 +152,14 @@ def check_resources(chapter: str, profile: str, sizes, values: Mapping) -> None:
     if data_root and not Path(data_root).is_dir():
         raise UserError(f"expected a folder at data_root, found none at {data_root}; give the one that holds the packs")
     for name in _data_sets(vars(sizes)):
-        from .data import pack_folder
+        from .data import require
 
-        pack_folder(name, data_root)
+        require(name, data_root)
 
 
 def _data_sets(sizes) -> Iterator[str]:
-    """The names of packs that are not bundled, wherever they stand in a profile."""
-    if isinstance(sizes, str) and sizes.startswith("small/"):
+    """The names of data sets that are not bundled, wherever they stand in a profile."""
+    if isinstance(sizes, str) and sizes.startswith(("small/", "tga_zsr/", "coop/")):
         yield sizes
     elif isinstance(sizes, Mapping):
         for part in (*sizes.keys(), *sizes.values()):

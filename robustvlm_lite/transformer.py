@@ -18,12 +18,17 @@ def _query_key_value(attn: nn.MultiheadAttention, x: Tensor) -> tuple[Tensor, Te
     return q * q.shape[-1] ** -0.5, k, v
 
 
-def attention(attn: nn.MultiheadAttention, x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Self-attention of x [B, N, W]; mask [N, N] is added to the scores."""
+def attend(attn: nn.MultiheadAttention, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Self-attention of x [B, N, W], and the matrices [B, heads, N, N] that it went through; mask [N, N] is added to the scores."""
     q, k, v = _query_key_value(attn, x)
     scores = q @ k.transpose(-1, -2)
     weights = (scores if mask is None else scores + mask).softmax(dim=-1).to(v.dtype)
-    return attn.out_proj((weights @ v).transpose(1, 2).reshape(x.shape))
+    return attn.out_proj((weights @ v).transpose(1, 2).reshape(x.shape)), weights
+
+
+def attention(attn: nn.MultiheadAttention, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Self-attention of x [B, N, W]; mask [N, N] is added to the scores."""
+    return attend(attn, x, mask)[0]
 
 
 def attention_weights(attn: nn.MultiheadAttention, x: Tensor) -> Tensor:
@@ -38,18 +43,37 @@ def run_block(block: nn.Module, x: Tensor, mask: Tensor | None = None) -> Tensor
     return x + block.ls_2(block.mlp(block.ln_2(x)))
 
 
+def embed(visual: nn.Module, x: Tensor, positions: Tensor | None = None) -> Tensor:
+    """Tokens [B, 1 + N, W] at the input of the first block; CLS first."""
+    patches = visual.conv1(x).flatten(2).transpose(1, 2)  # [B, N, W]
+    cls = visual.class_embedding.to(patches.dtype).expand(len(x), 1, -1)
+    tokens = torch.cat([cls, patches], dim=1) + (visual.positional_embedding if positions is None else positions)
+    return visual.ln_pre(tokens)
+
+
 def image_stages(visual: nn.Module, x: Tensor, positions: Tensor | None = None) -> list[Tensor]:
     """Tokens [B, 1 + N, W] at the input of each block and at the output of the last; CLS first.
 
     x: [B, 3, H, W], already normalized by CLIP's mean and std. positions: [1 + N, W] instead of the model's own.
     """
-    patches = visual.conv1(x).flatten(2).transpose(1, 2)  # [B, N, W]
-    cls = visual.class_embedding.to(patches.dtype).expand(len(x), 1, -1)
-    tokens = torch.cat([cls, patches], dim=1) + (visual.positional_embedding if positions is None else positions)
-    stages = [visual.ln_pre(tokens)]
+    stages = [embed(visual, x, positions)]
     for block in visual.transformer.resblocks:
         stages.append(run_block(block, stages[-1]))
     return stages
+
+
+def image_matrices(visual: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Tokens [B, 1 + N, W] after the last block, and every block's attention matrices [B, heads, 1 + N, 1 + N].
+
+    The tokens are computed through the matrices, so that a gradient reaches them. x: normalized images.
+    """
+    tokens, matrices = embed(visual, x), []
+    for block in visual.transformer.resblocks:
+        mixed, weights = attend(block.attn, block.ln_1(tokens))
+        matrices.append(weights)
+        tokens = tokens + block.ls_1(mixed)
+        tokens = tokens + block.ls_2(block.mlp(block.ln_2(tokens)))
+    return tokens, matrices
 
 
 def project(visual: nn.Module, tokens: Tensor) -> Tensor:

@@ -1,14 +1,34 @@
 """What a chapter's notebook calls: start and footer, figures, tables, glued numbers, and exercises that answer back."""
 
 from .markup import Html, table
-from .measure import committed_card, defended, images, map_facts, measure, measure_maps, training_cost
+from .measure import (
+    batched,
+    committed_card,
+    defended,
+    images,
+    map_facts,
+    measure,
+    measure_logits,
+    measure_maps,
+    training_cost,
+)
 from .run import Run, footer, glue, show, start
-from .tables import accuracy_table, claims_table, compared, published_table, rates_table, sanity_table
+from .tables import (
+    accuracy_table,
+    claims_table,
+    compared,
+    paired_table,
+    published_table,
+    rates_table,
+    sanity_table,
+    sets_table,
+)
 
 __all__ = [
     "Html",
     "Run",
     "accuracy_table",
+    "batched",
     "claims_table",
     "committed_card",
     "compared",
@@ -18,10 +38,13 @@ __all__ = [
     "images",
     "map_facts",
     "measure",
+    "measure_logits",
     "measure_maps",
+    "paired_table",
     "published_table",
     "rates_table",
     "sanity_table",
+    "sets_table",
     "show",
     "start",
     "table",

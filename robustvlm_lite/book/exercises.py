@@ -14,6 +14,7 @@ from ..attention import gram, map_distance, text_map
 from ..clip import ZeroShotCLIP
 from ..data import ImageSet
 from ..runtime import UserError, generator
+from ..stats import paired_bootstrap
 from ..threat import ThreatModel
 
 
@@ -139,6 +140,118 @@ def check_attention_attack(
         "maximises, so the movement enters with a plus) and its weight."
     )
     print(f"✓ {numbers} (n = {len(x)}, ε = {eps_255:g}/255)")
+
+
+def check_ensemble(fn: Callable[[Tensor], Tensor]) -> None:
+    """`fn(raw)` makes text features [C, D] of unit length from raw ones [T, C, D], one for each template and class.
+
+    Every template counts the same: each feature is brought to unit length, then averaged, then brought there again.
+    """
+    g = generator("exercise", "ensemble")
+    raw = torch.randn(4, 5, 8, generator=g) * torch.tensor([0.5, 1.0, 2.0, 9.0])[:, None, None]
+    unit = F.normalize(raw, dim=2)
+    want = F.normalize(unit.mean(0), dim=1)
+    got = _call(fn, raw.clone())
+    classes = "That is one feature for each template: you average over the classes. Average over dim=0."
+    assert got.shape != (4, 8), classes
+    _require_shape(got, (5, 8), "one feature for each class, [C, D]")
+    wrong = {
+        "The mean of unit vectors is shorter than 1: bring it to unit length again.": unit.mean(0),
+        "Templates with long vectors drown the others: bring each to unit length before you average.": (
+            F.normalize(raw.mean(0), dim=1)
+        ),
+        "Nothing is of unit length; a cosine needs it before and after the mean.": raw.mean(0),
+        "You divide along another axis: the length of a feature is taken over D, the last one.": (
+            F.normalize(F.normalize(raw, dim=1).mean(0), dim=1)
+        ),
+        "That is a single template; the mean over all of them is asked.": unit[0],
+    }
+    for hint, mistake in wrong.items():
+        assert not torch.allclose(got.float(), mistake, atol=1e-4), hint
+    told = f"expected {want[0, 0]:.3f} as the first number, got {float(got[0, 0]):.3f}"
+    assert torch.allclose(got.float(), want, atol=1e-4), f"Not the ensemble: {told}."
+    print("✓ each template counts the same, and each class has a feature of unit length")
+
+
+def check_folded(fn: Callable, clip: ZeroShotCLIP) -> None:
+    """`fn(weight, mean, std)` folds the normalization of pixels into the patch filters.
+
+    weight [W, 3, p, p], mean and std [3] -> (weight', bias [W]), so that a convolution of plain pixels with them gives
+    what `weight` gives on normalized pixels.
+    """
+    weight, mean, std = clip.visual.conv1.weight.detach(), clip.mean.flatten(), clip.std.flatten()
+    side = weight.shape[-1]
+    x = torch.rand(2, 3, 2 * side, 2 * side, generator=generator("exercise", "folded")).to(weight)
+
+    def patches(w, b=None, images=x):
+        return F.conv2d(images, w, b, stride=side)
+
+    want = patches(weight, images=(x - clip.mean) / clip.std)
+    folded = fn(weight.clone(), mean.clone(), std.clone())
+    pair = isinstance(folded, tuple | list) and len(folded) == 2
+    assert pair, f"Expected two tensors, weight and bias; got {type(folded).__name__}."
+    w, b = folded
+    assert w.shape == weight.shape, f"Expected a weight of shape {list(weight.shape)}, got {list(w.shape)}."
+    assert b.shape == weight.shape[:1], (
+        f"Expected a bias for each filter, {list(weight.shape[:1])}; got {list(b.shape)}."
+    )
+    std4, mean4 = std.view(3, 1, 1), mean.view(3, 1, 1)
+    right = weight / std4, -(weight / std4 * mean4).sum(dim=(1, 2, 3))
+    wrong = {
+        "The weight is right and the bias has the wrong sign: the mean is subtracted.": (right[0], -right[1]),
+        "The bias is missing: the mean contributes the same to every patch.": (right[0], torch.zeros_like(b)),
+        "The std is missing: each channel of the weight is divided by its own.": (
+            weight,
+            -(weight * mean4).sum((1, 2, 3)),
+        ),
+        "You multiply by std; normalizing divides by it.": (weight * std4, -(weight * std4 * mean4).sum((1, 2, 3))),
+        "The bias forgets that the weight changed: use the divided weight in it.": (
+            right[0],
+            -(weight * mean4).sum((1, 2, 3)),
+        ),
+    }
+    scale = want.abs().max()
+    for hint, (mw, mb) in wrong.items():
+        same = torch.allclose(w, mw, atol=1e-5) and torch.allclose(b, mb, atol=1e-5 * scale)
+        assert not same or torch.allclose(mb, right[1], atol=1e-5 * scale), hint
+    off = ((patches(w, b) - want).abs().max() / scale).item()
+    assert off < 1e-4, f"Not the same patches: the largest difference is {off:.1e} of the largest value."
+    print(f"✓ plain pixels give the same patch vectors (largest difference {off:.1e} of the largest value)")
+
+
+def check_templates(templates, clip: ZeroShotCLIP, tried: ImageSet, held: ImageSet) -> None:
+    """Do the reader's templates beat the bare class name? Both are measured on `tried`, to choose by, and on `held`.
+
+    templates: a list of texts with {} for the class name. Prints accuracies and the paired interval on `held`; no
+    verdict is wrong, an unusable list is.
+    """
+    listed = isinstance(templates, list | tuple) and all(isinstance(t, str) for t in templates)
+    assert listed and templates, (
+        "Expected a list of texts, e.g. ['a photo of a {}.']; one text alone goes into a list too."
+    )
+    unfilled = [t for t in templates if t.count("{}") != 1]
+    assert not unfilled, (
+        f"{unfilled[0]!r}: the class name goes where {{}} stands, once; without it all classes read the same."
+    )
+    found = {}
+    for images in (tried, held):
+        for name, texts in (("yours", templates), ("the bare name", ["{}"])):
+            try:
+                model = clip.classifier(images.class_names, texts)
+            except UserError as error:
+                raise AssertionError(f"The text tower cannot read them: {error}") from None
+            with torch.no_grad():
+                answers = torch.cat(
+                    [model(part.to(clip.device)).argmax(1).cpu() for part in images.pixels().split(128)]
+                )
+            found[images.split, name] = (answers == images.labels).numpy()
+    diff, low, high = paired_bootstrap(found[held.split, "yours"], found[held.split, "the bare name"])
+    told = "; ".join(f"{split}: {name} {100 * right.mean():.1f} %" for (split, name), right in found.items())
+    verdict = "better" if low > 0 else "worse" if high < 0 else "no measurable difference"
+    print(f"✓ {told}")
+    print(
+        f"  on {held.split}: {100 * diff:+.1f} points [{100 * low:.1f}, {100 * high:.1f}], n = {len(held)}: {verdict}"
+    )
 
 
 def _call(fn: Callable, *args: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Train and measure defenses inside a run: every result goes into the card, and a killed run goes on where it stopped."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from ..data import ImageSet
 from ..defenses import Defense, Training
 from ..records import Row
 from ..runtime import PACKAGE, UserError
-from ..stats import bootstrap_mean
+from ..stats import bootstrap_mean, paired_bootstrap
 
 
 def images(run, name_and_n: Sequence, split: str = "test") -> ImageSet:
@@ -113,16 +113,35 @@ def measure(run, defense: Defense, data: ImageSet, attacks: Sequence) -> list[Ro
     return rows
 
 
+@torch.no_grad()
+def batched(run, function: Callable[[Tensor], Tensor], data: ImageSet, size: int = 128) -> Tensor:
+    """`function` of all pixels of `data`, a batch at a time on the run's device: what it gives for each image, on the CPU."""
+    parts = (data.pixels(slice(i, i + size)).to(run.device) for i in range(0, len(data), size))
+    return torch.cat([function(x).cpu() for x in parts])
+
+
+def measure_logits(run, data: ImageSet, logits: Mapping[str, Tensor]) -> list[Row]:
+    """Clean accuracy of logits [N, C] by the name of what made them, added to the run's card."""
+    known = {"seed": run.seed, "weights_sha256": run.load_clip().weights_sha256}
+    rows = [evaluate.clean_row(z, data, method=name, **known) for name, z in logits.items()]
+    run.card.add(rows)
+    return rows
+
+
 def measure_maps(
-    run, method: str, data: ImageSet, maps: Mapping[str, Tensor], attack: str, eps_255: float
+    run, method: str, data: ImageSet, maps: Mapping[str, Tensor], attack: str, eps_255: float, against: str = ""
 ) -> list[Row]:
-    """Overlap of maps [N, patches] with the exact masks of `data`, as card rows of metric map_iou."""
+    """Overlap of maps [N, patches] with the exact masks of `data`, as card rows of metric map_iou.
+
+    against: name of one of the maps; then extra["over"] is the paired difference (diff, lo, hi) to it, scene by scene.
+    """
     if data.masks is None:
         raise UserError(f"expected object masks for {data.name}, got none; use a rendered task")
-    rows = []
-    for name, m in maps.items():
-        iou = attention.map_iou(m.cpu(), data.masks)
+    rows, ious = [], {name: attention.map_iou(m.cpu(), data.masks) for name, m in maps.items()}
+    for name, iou in ious.items():
         extra = {"seed": run.seed, "map": name}
+        if against:
+            extra["over"] = list(paired_bootstrap(iou.numpy(), ious[against].numpy()))
         rows.append(Row(f"{method}: {name}", data.name, attack, eps_255, "map_iou", len(data), iou.mean().item(),
                         bootstrap_mean(iou.numpy()), extra=extra))  # fmt: skip
     run.card.add(rows)

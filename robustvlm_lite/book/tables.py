@@ -51,6 +51,31 @@ def accuracy_table(
     )
 
 
+def sets_table(rows: Sequence[Row], classes: Mapping[str, int], *, caption: str) -> Html:
+    """One line a data set: number of classes, n, accuracy of guessing, and the row's accuracy with its interval.
+
+    rows: of one method. classes: data set -> number of classes.
+    """
+    lines = []
+    for row in rows:
+        known = {"data set": row.dataset, "classes": classes[row.dataset], "images": row.n}
+        lines.append(known | {"chance": 100 / classes[row.dataset], "accuracy (95 % interval)": _accuracy(row)})
+    return table(lines, caption=f"{caption} In percent.", formats={"chance": ".1f"}, card_link=True)
+
+
+def paired_table(rows: Sequence[Row], reference: Row, *, caption: str) -> Html:
+    """One line a row: its accuracy, and the difference to `reference` on the same images, both with 95 % intervals."""
+    lines = []
+    for row in rows:
+        diff, low, high = (100 * v for v in paired(row.records, reference.records))
+        points = f"{diff:+.1f}\u00a0({low:+.1f} to {high:+.1f})".replace("-", "−")
+        change = {"points": "–" if row is reference else points}
+        lines.append({"what is done": row.method, "accuracy": _accuracy(row)} | change)
+    n = " or ".join(str(size) for size in sorted({row.n for row in rows}))
+    told = "accuracy in percent; points: paired difference to the first line; in parentheses the 95 % intervals."
+    return table(lines, caption=f"{caption} n = {n}; {told}", card_link=True)
+
+
 def _pick(rows: Sequence[Row], method: str, head: str, fields: Mapping) -> Row | None:
     found = [r for r in rows if r.method == method and all(getattr(r, name) == value for name, value in fields.items())]
     if len(found) > 1:
@@ -78,7 +103,9 @@ def _clear_winner(rows: Sequence[Row | None]) -> str:
 def _conditions(rows: Sequence[Row]) -> str:
     """n and, for each attack met, its ε, steps and step size."""
     sizes = sorted({row.n for row in rows})
-    parts = ["n = " + " or ".join(str(n) for n in sizes) + "; in parentheses the 95 % interval of each accuracy by itself"]
+    parts = [
+        "n = " + " or ".join(str(n) for n in sizes) + "; in parentheses the 95 % interval of each accuracy by itself"
+    ]
     budgets: dict[str, dict[float, Row]] = {}
     for row in rows:
         if row.attack != "none":

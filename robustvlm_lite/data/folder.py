@@ -2,14 +2,12 @@
 
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from ..runtime import UserError
 from .imageset import ImageSet
-from .packs import PACKS, PHOTO, decode, read_pack
-
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+from .packs import PACKS, PHOTO, read_pack
+from .sources import folder_listing
 
 
 def from_path(path: str, *, size: int = 64, templates: tuple[str, ...] = (), split: str = "test") -> ImageSet:
@@ -37,20 +35,11 @@ def from_path(path: str, *, size: int = 64, templates: tuple[str, ...] = (), spl
 
 
 def _from_subfolders(folder: Path, templates: tuple[str, ...], size: int) -> ImageSet:
-    classes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if not classes:
+    listing = folder_listing(folder)
+    if not listing.keys:
         raise UserError(
             f"expected one subfolder a class in {folder}, found none; put each class into a folder of its name"
         )
-    pictures, labels, ids = [], [], []
-    for label, sub in enumerate(classes):
-        files = sorted(f for f in sub.iterdir() if f.suffix.lower() in SUFFIXES)
-        if not files:
-            raise UserError(f"expected images in the class folder {sub}, found none; fill or remove it")
-        for f in files:
-            pictures.append(decode(f.read_bytes(), size, str(f)))
-            labels.append(label)
-            ids.append(f"{sub.name}/{f.name}")
-    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
-    names = tuple(c.name.replace("_", " ") for c in classes)
-    return ImageSet(f"own/{folder.name}", images, torch.tensor(labels), names, templates, ids=tuple(ids))
+    images = listing.images(torch.arange(len(listing.labels)), size)
+    names = tuple(key.replace("_", " ") for key in listing.keys)
+    return ImageSet(f"own/{folder.name}", images, listing.labels, names, templates, ids=listing.ids)

@@ -3,7 +3,6 @@
 `small/...` packs lie under a `data_root` of the reader's; `photos/...` ship with the package.
 """
 
-import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +11,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from PIL import Image, UnidentifiedImageError
 
 from ..runtime import UserError, asset, near_miss
-from .imageset import ImageSet, balanced_rows
+from .decoding import decode
+from .imageset import ImageSet
+from .parts import Parts, check_labels, find_parts
+from .subsets import choose_rows
 
 PHOTO = ("a photo of a {}.", "a picture of a {}.", "this is a photo of a {}.", "a {}.")
 FLOWER = tuple(t[:-1] + ", a type of flower." for t in PHOTO[:3]) + PHOTO[3:]
@@ -47,35 +48,19 @@ PACKS = {
 }
 
 
-def decode(data: bytes, size: int, where: str) -> np.ndarray:
-    """RGB uint8 [size, size, 3]: the short side resized to `size`, the center cut out."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            if image.mode.startswith(("I", "F")):  # Pillow would clip 16 bits to white
-                raise ValueError(f"mode {image.mode}, not 8 bits a channel")
-            image = image.convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        reason = "no known format" if isinstance(error, UnidentifiedImageError) else error
-        got = f"{len(data or b'')} bytes at {where} ({reason})"
-        raise UserError(f"expected a readable image, got {got}; remove or replace it") from None
-    if min(image.size) != size:
-        scale = size / min(image.size)
-        image = image.resize([max(size, round(s * scale)) for s in image.size], Image.Resampling.BILINEAR)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return np.asarray(image.crop((left, top, left + size, top + size)))
-
-
 def read_rows(folder: Path, split: str) -> tuple[list[bytes], list[str], torch.Tensor, tuple[str, ...], pa.Table]:
     """(image bytes, image paths, labels [N], class names, table) of one split of a pack folder."""
-    files = sorted(folder.glob(f"{split}-*.parquet"))
-    if not files:
-        raise UserError(f"expected Parquet files {split}-*.parquet in {folder}, found none; check data_root and split")
+    return _read(folder, find_parts(folder, split), split)
+
+
+def _read(folder: Path, parts: Parts, split: str) -> tuple:
     try:
-        table = pa.concat_tables([pq.read_table(f) for f in files])
+        table = pa.concat_tables([pq.read_table(f) for f in parts.files])
         names = tuple(json.loads((folder / "classes.json").read_text())["names"])
         rows = table["image"].to_pylist()
         labels = torch.tensor(table["label"].to_pylist(), dtype=torch.int64)
         data, paths = [r["bytes"] for r in rows], [r["path"] for r in rows]
+        stored = json.loads((table.schema.metadata or {}).get(b"class_names", b"null"))
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
@@ -84,9 +69,12 @@ def read_rows(folder: Path, split: str) -> tuple[list[bytes], list[str], torch.T
         ) from None
     if not len(labels):
         raise UserError(f"expected images in {folder}, got {split} Parquet files without a row; fetch them again")
-    if not 0 <= int(labels.min()) <= int(labels.max()) < len(names):
-        got = f"{int(labels.min())} to {int(labels.max())}"
-        raise UserError(f"expected labels in 0..{len(names) - 1} in {folder}, got {got}; fetch or mend the files")
+    if stored is not None and len(stored) != len(names):
+        raise UserError(
+            f"expected the {len(stored)} classes of {parts.files[0].name} in {folder / 'classes.json'}, got {len(names)}; "
+            "fetch both again"
+        )
+    check_labels(labels, len(names), folder, parts.place)
     return data, paths, labels, names, table
 
 
@@ -106,11 +94,20 @@ def pack_folder(name: str, data_root: str) -> Path:
 
 
 def read_pack(
-    folder: Path, split: str, *, name: str, templates: tuple[str, ...], size: int, n: int = 0, seed: int = 0
+    folder: Path,
+    split: str,
+    *,
+    name: str,
+    templates: tuple[str, ...],
+    size: int,
+    n: int = 0,
+    shots: int = 0,
+    seed: int = 0,
 ) -> ImageSet:
-    """One split of a pack folder, `size` pixels a side; n > 0 decodes only a balanced, seeded subset."""
-    data, paths, labels, names, _ = read_rows(folder, split)
-    rows = balanced_rows(labels, n, seed, name).tolist() if n else range(len(data))
-    images = np.stack([decode(data[i], size, f"{folder.name}/{paths[i]}") for i in rows])
+    """One split of a pack folder, `size` pixels a side; n or shots > 0 decodes only the rows that `choose_rows` names."""
+    parts = find_parts(folder, split)
+    data, paths, labels, names, _ = _read(folder, parts, split)
+    rows = choose_rows(labels, name, split, n=n, shots=shots, seed=seed).tolist()
+    images = np.stack([decode(data[i], size, f"{folder.name}/{paths[i]}, {parts.place(i)}") for i in rows])
     images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-    return ImageSet(name, images, labels[list(rows)], names, templates, split, ids=tuple(paths[i] for i in rows))
+    return ImageSet(name, images, labels[rows], names, templates, split, ids=tuple(paths[i] for i in rows))

@@ -5,7 +5,8 @@ there is room. Strips of many columns are 7 in wide. There are no titles: the ca
 """
 
 from .charts import ablation_grid, accuracy_vs_eps, convergence, cost_scatter, paired_bars
-from .pictures import attacked_strip, map_strip
+from .grids import confusion_grid, mosaics, pair_grid, similarities, stretched
+from .pictures import attacked_strip, guesses, map_strip
 from .style import COLORS, color
 
 __all__ = [
@@ -14,8 +15,14 @@ __all__ = [
     "accuracy_vs_eps",
     "attacked_strip",
     "color",
+    "confusion_grid",
     "convergence",
     "cost_scatter",
+    "guesses",
     "map_strip",
+    "mosaics",
+    "pair_grid",
     "paired_bars",
+    "similarities",
+    "stretched",
 ]

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import StrMethodFormatter
 
 from .style import NARROW, color, ink, looks, luminance, method_labels, new_figure, require, styled
 
@@ -19,8 +20,9 @@ def accuracy_vs_eps(rows, *, chance: float, order: Sequence[str] = (), width: fl
     """Accuracy (0 to 100 %) against ε in evenly spaced steps, from clean (ε = 0) on; one data set a figure.
 
     rows: `Row`s of one data set (of a card: `Row(**row)`); the 8-bit ones are left out. Color tells the method, line
-    style the attack, the band is the 95 % interval. Of several seeds, each is a thin line and their mean a thick one.
-    chance: accuracy of guessing, as a fraction. order: methods from back to front, all of the rows by default.
+    style the attack; the curves of a single method are named by their attack. The band is the 95 % interval. Of several
+    seeds, each is a thin line and their mean a thick one. chance: accuracy of guessing, as a fraction. order: methods
+    from back to front, all of the rows by default.
     """
     rows = [row for row in rows if row.metric in ACCURACIES]
     methods = list(order) or list(dict.fromkeys(row.method for row in rows))
@@ -36,23 +38,28 @@ def accuracy_vs_eps(rows, *, chance: float, order: Sequence[str] = (), width: fl
     ax = fig.add_subplot()
     ax.axhline(100 * chance, color=GRAY, linewidth=0.9, linestyle=(0, (2, 2)), gid="chance")
     ax.annotate("chance", (0, 100 * chance), (-2, 2), textcoords="offset points", color=GRAY)
-    curves, look = {}, looks(methods)
+    drawn, look = {}, looks(methods)  # (method, attack) -> curve
     for method in methods:
         for attack in attacks:
             seeds = _curves(rows, method, attack)
             if seeds:
                 how = look[method] | _line(attack, attacks) | {"label": method}
-                curves.setdefault(method, _draw_curve(ax, seeds, budgets, how))
-    absent = [method for method in methods if method not in curves]
+                drawn[method, attack] = _draw_curve(ax, seeds, budgets, how)
+    absent = [method for method in methods if method not in {m for m, _ in drawn}]
     require(not absent, f"expected attacked rows of each method, got none of {', '.join(absent)}; check `order`")
     ax.set(ylim=(0, 100), ylabel="accuracy (%)", xlim=(-0.15, len(budgets) - 0.85))
     ax.set_xticks(range(len(budgets)), [f"{eps:g}".removeprefix("0") or "0" for eps in budgets])
     only = f" of {attacks[0]}" if len(attacks) == 1 else ""
     ax.set_xlabel(f"ε (1/255){only}, n = {'–'.join(str(n) for n in dict.fromkeys((sizes[0], sizes[-1])))}")
     ax.set_title(datasets[0], loc="left", color=GRAY)
-    if len(attacks) > 1:
-        handles = [Line2D([], [], color=GRAY, label=a, **_line(a, attacks)) for a in attacks]
-        ax.legend(handles=handles, loc="upper right", frameon=False, handlelength=2.2, borderaxespad=0)
+    if len(methods) == 1 < len(attacks):  # then each curve is named by its attack
+        curves = {attack: curve for (_, attack), curve in drawn.items()}
+        look = {attack: look[methods[0]] | _line(attack, attacks) for attack in curves}
+    else:
+        curves = {method: next(c for (m, _), c in drawn.items() if m == method) for method in methods}
+        if len(attacks) > 1:
+            handles = [Line2D([], [], color=GRAY, label=a, **_line(a, attacks)) for a in attacks]
+            ax.legend(handles=handles, loc="upper right", frameon=False, handlelength=2.2, borderaxespad=0)
     method_labels(ax, _heights(curves, budgets), height - 0.75, look)
     return fig
 
@@ -131,6 +138,7 @@ def paired_bars(
     ax.tick_params(axis="y", length=0)
     ax.set_ylim(len(diffs) - 0.5, -0.5)
     ax.spines["left"].set_visible(False)
+    ax.use_sticky_edges = False  # a bar that ends at zero leaves room for its dot
     ax.margins(x=0.08)
     ax.set_xlabel(f"{quantity} minus {reference}'s (points)", x=1, ha="right")
     ax.set_title(title, loc="left", color=GRAY)
@@ -164,11 +172,15 @@ def cost_scatter(points: Mapping[str, tuple], *, cost: str, quantity: str = "rob
 
 
 @styled
-def convergence(curves: Mapping, *, quantity: str, steps: str = "attack steps", percent: bool = False):
+def convergence(
+    curves: Mapping, *, quantity: str, steps: str = "attack steps", percent: bool = False, log: bool = False,
+    names: Sequence[str] = (),
+):  # fmt: skip
     """A quantity against attack steps; a curve that has gone flat says that more steps would change nothing.
 
     curves: name -> values [S] for steps 0 to S - 1, or (steps [S], values [S]). percent: the values are fractions and
-    the axis runs from 0 to 100.
+    the axis runs from 0 to 100. log: the steps are drawn by their logarithm.
+    names: written in place of the numbers 0 to S - 1.
     """
     require(curves, "expected at least one curve, got none")
     height = 2.4
@@ -182,8 +194,13 @@ def convergence(curves: Mapping, *, quantity: str, steps: str = "attack steps", 
         ax.plot(at, values, clip_on=not percent, markevery=max(1, len(values) // 6), **look[name])
         ends[name] = values[-1]
     ax.set(xlabel=steps, ylabel=quantity)
+    if log:
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     if percent:
         ax.set_ylim(0, 100)
+    if names:
+        ax.set_xticks(range(len(names)), names, rotation=90)
     method_labels(ax, ends, height - 0.55, look)
     return fig
 

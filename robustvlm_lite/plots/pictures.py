@@ -61,6 +61,28 @@ def attacked_strip(
     return fig
 
 
+@styled
+def guesses(
+    images: Tensor, probabilities: Tensor, class_names: Sequence[str], labels: Sequence[int], *, title: str = ""
+):
+    """Images, each with its five most probable classes; the true one is blue and marked.
+
+    images: [B, 3, H, W] in [0, 1]; probabilities: [B, C]; labels: index of the true class of each.
+    """
+    check_images(images, "images")
+    wanted = (len(images), len(class_names))
+    require(probabilities.shape == wanted, f"expected probabilities {list(wanted)}, got {list(probabilities.shape)}")
+    fig = new_figure(NARROW, 0.2 + 1.15 * len(images))
+    grid = fig.add_gridspec(len(images), 2, width_ratios=(1, 1.9))
+    for i, image in enumerate(images):
+        ax = fig.add_subplot(grid[i, 0])
+        _picture(ax, image)
+        if title and i == 0:
+            ax.set_title(title, loc="left", pad=3)
+        _top_five(fig.add_subplot(grid[i, 1]), probabilities[i].detach().cpu(), class_names, int(labels[i]))
+    return fig
+
+
 def _round_factor(factor: float) -> float:
     """Down to a power of two, which reads well and never clips."""
     return 2.0 ** np.floor(np.log2(factor))

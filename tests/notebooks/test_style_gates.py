@@ -29,10 +29,13 @@ def test_cells_are_short(py):
 
 
 @chapters
-def test_paper_chapter_keeps_its_budget(py):
-    if py.stem not in gates.PAPER_CHAPTERS:
-        pytest.skip("the budget is that of a paper chapter")
-    none(gates.budgets(read(py)))
+def test_chapter_keeps_the_budget_of_its_kind(py):
+    if py.stem in gates.FOUNDATIONS:
+        none(gates.budgets(read(py), gates.FOUNDATIONS_BUDGET))
+    elif py.stem in gates.PAPER_CHAPTERS:
+        none(gates.budgets(read(py)))
+    else:
+        pytest.skip("no budget for a chapter of this kind")
 
 
 @chapters
@@ -136,6 +139,9 @@ def test_budget_gate():
     full = notebook(*["x = 1"] * 15, *[SHOW] * 7, text="word " * 3000)
     assert gates.budgets(full) == []
     assert len(gates.budgets(notebook("x = 1"))) == 3
+    small = notebook(*["x = 1"] * 35, *[SHOW] * 5, text="word " * 2100)
+    assert gates.budgets(small, gates.FOUNDATIONS_BUDGET) == [] and len(gates.budgets(small)) == 3
+    assert len(gates.budgets(notebook("x = 1"), gates.FOUNDATIONS_BUDGET)) == 3
 
 
 def test_frame_gates():

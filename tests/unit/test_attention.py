@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from robustvlm_lite import attention
+from robustvlm_lite import attention, transformer
 from robustvlm_lite.attention import map_distance, text_map
 from robustvlm_lite.runtime import UserError
 
@@ -279,3 +279,66 @@ def test_center_prior_looks_at_the_middle_and_nothing_else():
     middle = torch.zeros(2, 64, 64, dtype=torch.bool)
     middle[:, 24:40, 24:40] = True
     assert attention.map_iou(attention.center_prior(8, 2), middle).min() > 0.7
+
+
+def test_references_random_and_the_mask_itself():
+    drawn = attention.random_map(8, 400, torch.Generator().manual_seed(0))
+    assert drawn.shape == (400, 64) and drawn.std(0).min() > 0.2 and not torch.equal(drawn[0], drawn[1])
+    masks = torch.zeros(400, 64, 64, dtype=torch.bool)
+    masks[:, 10:40, 20:44] = True
+    limit = attention.mask_map(masks, 8)
+    assert limit[0].view(8, 8)[2, 3] == 1 and limit[0].view(8, 8)[1, 3] == 0.75 and limit[0].view(8, 8)[0, 0] == 0
+    assert attention.map_iou(limit[:2], masks[:2]).min() > 0.85 > 0.3 > attention.map_iou(drawn, masks).mean()
+
+
+# --- attention followed through the blocks
+
+
+@torch.no_grad()
+def test_rollout_multiplies_what_torch_calls_attention(clip, x):
+    seen = []
+    blocks = clip.visual.transformer.resblocks
+    handles = [b.attn.register_forward_pre_hook(lambda m, a, k: seen.append(a[0]), with_kwargs=True) for b in blocks]
+    clip.visual(clip.normalize(x))
+    for handle in handles:
+        handle.remove()
+    flow = np.eye(65)[None]
+    for block, tokens in zip(blocks, seen, strict=True):
+        weights = block.attn(tokens, tokens, tokens, need_weights=True)[1].double().numpy()
+        flow = (0.5 * np.eye(65) + 0.5 * weights) @ flow
+    assert np.abs(flow.sum(2) - 1).max() < 1e-4, "what reaches a token sums to one"
+    expected = attention.minmax(torch.from_numpy(flow[:, 0, 1:]).float())
+    assert torch.allclose(attention.attention_rollout(clip, x), expected, atol=1e-3)
+
+
+def test_gradient_rollout_uses_the_slope_of_the_cosine(clip, x):
+    """The slope at one entry of one matrix, by a finite difference through blocks written out here."""
+    text, blocks = F.normalize(normal(3, 128, seed=4), dim=1), clip.visual.transformer.resblocks
+
+    def cosine(bump, at=None):
+        h = transformer.embed(clip.visual, clip.normalize(x))
+        for k, block in enumerate(blocks):
+            u = block.ln_1(h)
+            q, key, v = F.linear(u, block.attn.in_proj_weight, block.attn.in_proj_bias).chunk(3, dim=2)
+            q, key, v = (p.view(3, 65, block.attn.num_heads, -1).transpose(1, 2) for p in (q, key, v))
+            weights = (q @ key.mT / q.shape[-1] ** 0.5).softmax(3)
+            if k == at:
+                weights[:, 1, 0, 7] += bump
+            h = h + block.attn.out_proj((weights @ v).transpose(1, 2).flatten(2))
+            h = h + block.mlp(block.ln_2(h))
+        return (F.normalize(transformer.project(clip.visual, h)[:, 0], dim=1) * text).sum(1)
+
+    with torch.enable_grad():
+        z = x.clone().requires_grad_()
+        tokens, matrices = transformer.image_matrices(clip.visual, clip.normalize(z))
+        feature = F.normalize(transformer.project(clip.visual, tokens)[:, 0], dim=1)
+        slopes = torch.autograd.grad((feature * text).sum(), matrices)
+    for k in (0, len(blocks) - 1):
+        measured = (cosine(0.05, k) - cosine(-0.05, k)) / 0.1
+        assert torch.allclose(slopes[k][:, 1, 0, 7], measured, atol=2e-3)
+    relevance = torch.eye(65).expand(3, 65, 65)
+    for weights, slope in zip(matrices, slopes, strict=True):
+        relevance = relevance + (weights * slope).clamp_min(0).mean(1).detach() @ relevance
+    own = attention.gradient_rollout(clip, x, text)
+    assert torch.allclose(own, attention.minmax(relevance[:, 0, 1:]), atol=1e-4) and not own.requires_grad
+    assert (own - attention.gradient_rollout(clip, x, -text)).abs().max() > 0.1, "it depends on the text"

@@ -17,7 +17,7 @@ from robustvlm_lite import clip as clip_room
 from robustvlm_lite.cards import Card, comparable, load_card, load_examples
 from robustvlm_lite.records import Cell, Row, records_table
 
-COMMANDS = (["list"], ["run"], ["data", "list"], ["evaluate"], ["claims"], ["doctor"])
+COMMANDS = (["list"], ["run"], ["data", "list"], ["data", "prepare"], ["evaluate"], ["claims"], ["doctor"])
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
@@ -55,7 +55,7 @@ def test_data_list_says_what_is_where(tmp_path, capsys):
     assert cli.main(["data", "list"]) == 0
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     assert set(names()) < set(lines)
-    assert re.search(r"bundled +500 +CC BY 4.0", lines["photos/caltech"])
+    assert re.search(r"bundled +500 +3.7 MB +CC BY 4.0", lines["photos/caltech"])
     assert "missing" in lines["small/stl10"] and "rendered" in lines["scenes/shape"]
     (tmp_path / "stl10").mkdir()
     assert cli.main(["data", "list", "--data-root", str(tmp_path)]) == 0
@@ -272,5 +272,8 @@ def test_doctor_looks_at_a_data_root(tmp_path):
     (tmp_path / "stl10").mkdir()
     (tmp_path / "stl10" / "classes.json").write_text("{}")
     assert look(tmp_path) == (True, f"data root {tmp_path}: stl10")
+    (tmp_path / "full" / "food101").mkdir(parents=True)
+    (tmp_path / "full" / ".dtd.unfinished").mkdir()
+    assert look(tmp_path) == (True, f"data root {tmp_path}: stl10, full/food101")
     (tmp_path / "SHA256SUMS").write_text(f"{'0' * 64}  stl10/classes.json\n")
     assert "differs from its checksum" in look(tmp_path)[1]

@@ -10,7 +10,7 @@ from torch import nn
 
 from robustvlm_lite import records as records_module
 from robustvlm_lite.data.imageset import ImageSet
-from robustvlm_lite.evaluate import PassCounter, evaluate, paired, weights_sha256, worst_case
+from robustvlm_lite.evaluate import PassCounter, clean_row, evaluate, paired, weights_sha256, worst_case
 from robustvlm_lite.records import CELL, SCHEMA, Store, column, select, verdicts, write_whole
 from robustvlm_lite.runtime import UserError, eval_mode, generator
 from robustvlm_lite.stats import wilson
@@ -410,3 +410,17 @@ def test_progress_bar_names_the_cell_and_can_be_silent(capfd):
     assert capfd.readouterr().err == ""
     run(attacks=[(Shift(), ThreatModel(2))], progress=True)
     assert "toy · toy/gray · shift-1" in capfd.readouterr().err
+
+
+def test_clean_row_of_ready_logits_is_that_of_evaluate():
+    data, model = toy([40, 200, 100, 160], [0, 1, 1, 0]), Threshold()
+    with torch.no_grad():
+        logits = model(data.pixels())
+    ready = clean_row(logits, data, method="toy", seed=3)
+    (row,) = evaluate(model, data, [], method="toy", seed=3, progress=False)
+    assert (ready.value, ready.n, ready.ci95, ready.metric) == (row.value, row.n, row.ci95, "clean_acc")
+    assert ready.records.equals(row.records) and ready.data_sha256 == row.data_sha256
+    with pytest.raises(UserError, match=f"logits .N, C. of every image of {data.name}"):
+        clean_row(logits[:-1], data, method="toy")
+    with pytest.raises(UserError, match="finite logits"):
+        clean_row(logits * torch.nan, data, method="toy")

@@ -13,7 +13,9 @@ from robustvlm_lite.data import ImageSet
 def highest(m, masks, largest=True):
     """[B, H, W] -> bool [B, HW]: each map's highest pixels, as many as its mask has."""
     rows = [
-        torch.zeros(row.numel(), dtype=torch.bool).index_fill(0, row.flatten().topk(int(mask.sum()), largest=largest)[1], True)
+        torch.zeros(row.numel(), dtype=torch.bool).index_fill(
+            0, row.flatten().topk(int(mask.sum()), largest=largest)[1], True
+        )
         for row, mask in zip(m, masks, strict=True)
     ]
     return torch.stack(rows)
@@ -152,3 +154,90 @@ def test_attention_is_not_judged_without_a_correct_image(capsys):
     wrong = ImageSet(data.name, data.images, (data.labels + 1) % 3, data.class_names, data.templates)
     exercises.check_attention_attack(objective_for(), ToyCLIP(), wrong)
     assert capsys.readouterr().out.startswith("not judged: the model classifies no image of toy/halves correctly")
+
+
+def normal_mean(raw, first=True, last=True, dim=0):
+    mean = (F.normalize(raw, dim=2) if first else raw).mean(dim)
+    return F.normalize(mean, dim=-1) if last else mean
+
+
+def test_ensemble_right(capsys):
+    exercises.check_ensemble(normal_mean)
+    exercises.check_ensemble(lambda raw: normal_mean(raw.double()))
+    assert capsys.readouterr().out.count("✓") == 2
+
+
+ENSEMBLE = {
+    "shorter than 1": lambda raw: normal_mean(raw, last=False),
+    "long vectors drown": lambda raw: normal_mean(raw, first=False),
+    "Nothing is of unit length": lambda raw: normal_mean(raw, first=False, last=False),
+    "average over the classes": lambda raw: normal_mean(raw, dim=1),
+    "another axis": lambda raw: F.normalize(F.normalize(raw, dim=1).mean(0), dim=1),
+    "single template": lambda raw: F.normalize(raw[0], dim=1),
+    "Not the ensemble": lambda raw: -normal_mean(raw),
+    "return missing": lambda raw: None,
+}
+
+
+@pytest.mark.parametrize("hint", ENSEMBLE)
+def test_ensemble_wrong(hint):
+    with pytest.raises(AssertionError, match=hint):
+        exercises.check_ensemble(ENSEMBLE[hint])
+
+
+def fold(weight, mean, std, sign=-1):
+    weight = weight / std.view(3, 1, 1)
+    return weight, sign * (weight * mean.view(3, 1, 1)).sum((1, 2, 3))
+
+
+def test_folded_right(random_clip, capsys):
+    exercises.check_folded(fold, random_clip)
+    assert capsys.readouterr().out.startswith("✓ plain pixels")
+
+
+FOLDED = {
+    "wrong sign": lambda w, m, s: fold(w, m, s, sign=1),
+    "bias is missing": lambda w, m, s: (fold(w, m, s)[0], torch.zeros(len(w))),
+    "std is missing": lambda w, m, s: fold(w, m, torch.ones(3)),
+    "multiply by std": lambda w, m, s: fold(w, m, 1 / s),
+    "weight changed": lambda w, m, s: (fold(w, m, s)[0], fold(w, m, torch.ones(3))[1]),
+    "Expected two tensors": lambda w, m, s: w,
+    "weight of shape": lambda w, m, s: (w[:1], w[:, 0, 0, 0]),
+    "bias for each filter": lambda w, m, s: (fold(w, m, s)[0], torch.zeros(3)),
+    "Not the same patches": lambda w, m, s: (2 * w, torch.zeros(len(w))),
+}
+
+
+@pytest.mark.parametrize("hint", FOLDED)
+def test_folded_wrong(hint, random_clip):
+    with pytest.raises(AssertionError, match=hint):
+        exercises.check_folded(FOLDED[hint], random_clip)
+
+
+def two_sets():
+    g = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (6, 3, 64, 64), dtype=torch.uint8, generator=g)
+    parts = (
+        ImageSet("toy", images, torch.arange(6) % 3, ("cat", "dog", "star"), ("{}",), split)
+        for split in ("tried", "held")
+    )
+    return tuple(parts)
+
+
+def test_templates_are_measured_on_both_sets(random_clip, capsys):
+    exercises.check_templates(["a photo of a {}.", "{}"], random_clip, *two_sets())
+    shown = capsys.readouterr().out
+    assert shown.startswith("✓ tried: yours") and "on held:" in shown and "n = 6" in shown
+
+
+TEMPLATES = {
+    "Expected a list": "a photo of a {}.",
+    "where {} stands": ["a photo of a dog."],
+    "cannot read": ["word " * 90 + "{}"],
+}
+
+
+@pytest.mark.parametrize("hint", TEMPLATES)
+def test_templates_refused(hint, random_clip):
+    with pytest.raises(AssertionError, match=hint):
+        exercises.check_templates(TEMPLATES[hint], random_clip, *two_sets())

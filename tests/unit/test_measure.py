@@ -109,3 +109,29 @@ def test_map_facts_against_explicit_upsampling(random_clip):
     assert 0 <= facts["accuracy"] <= 1 and 0 <= facts["map IoU"] <= 1
     same = book.map_facts(Defense(original), original, replace(images), images.pixels())
     assert same["from own clean map"] == same["from original's map"] == 0
+
+
+def test_one_pass_of_the_image_tower_serves_every_text(random_clip, tmp_path):
+    images, run = photos(), toy_run(random_clip, tmp_path)
+    run.device = torch.device("cpu")
+    with torch.no_grad():
+        whole = random_clip.image_features(images.pixels())
+    features = book.batched(run, random_clip.image_features, images, size=3)
+    assert torch.allclose(features, whole, atol=1e-5) and not features.requires_grad
+    text = random_clip.text_features(images.class_names, images.templates)
+    rows = book.measure_logits(run, images, {"a": features @ text.T, "b": features @ text.roll(1, 0).T})
+    assert [r.method for r in rows] == ["a", "b"] and rows[0].records is not None
+    card = run.card.as_dict()
+    assert [r["metric"] for r in card["rows"]] == ["clean_acc"] * 2 and len(run.card.examples) == 2 * len(images)
+
+
+def test_maps_are_compared_scene_by_scene(random_clip, tmp_path):
+    scenes, run = load("scenes/pair", n=12), toy_run(random_clip, tmp_path)
+    maps = {"prior": attention.center_prior(8, 12), "limit": attention.mask_map(scenes.masks, 8)}
+    prior, limit = book.measure_maps(run, "CLIP", scenes, maps, "none", 0.0, against="prior")
+    assert prior.extra["over"] == [0, 0, 0]
+    diff, low, high = limit.extra["over"]
+    assert diff == pytest.approx(limit.value - prior.value) and 0 < low < diff < high
+    run.card.write(tmp_path)
+    plain = book.measure_maps(toy_run(random_clip, tmp_path), "CLIP", scenes, maps, "none", 0.0)
+    assert all("over" not in r.extra for r in plain)

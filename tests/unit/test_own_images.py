@@ -1,5 +1,6 @@
 """The reader's own images: decoded as documented, and refused by name where something is wrong with them."""
 
+import hashlib
 import io
 import json
 from pathlib import Path
@@ -13,7 +14,7 @@ from torchvision.transforms.functional import center_crop, resize
 
 from robustvlm_lite import data
 from robustvlm_lite.data import from_path
-from robustvlm_lite.data.packs import decode
+from robustvlm_lite.data.decoding import decode
 from robustvlm_lite.runtime import UserError
 
 
@@ -28,13 +29,13 @@ def encoded(image: Image.Image, kind="PNG") -> bytes:
     return stream.getvalue()
 
 
-def write_pack(folder: Path, rows, names=("cat", "dog"), split="test") -> Path:
+def write_pack(folder: Path, rows, names=("cat", "dog"), split="test", part="00000-of-00001", metadata=None) -> Path:
     """Parquet in the Hugging Face layout; rows are (bytes, label)."""
     folder.mkdir(parents=True, exist_ok=True)
     layout = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     images = pa.array([{"bytes": b, "path": f"{i}.png"} for i, (b, _) in enumerate(rows)], layout)
     table = pa.table({"image": images, "label": pa.array([y for _, y in rows], pa.int64())})
-    pq.write_table(table, folder / f"{split}-00000-of-00001.parquet")
+    pq.write_table(table.replace_schema_metadata(metadata), folder / f"{split}-{part}.parquet")
     (folder / "classes.json").write_text(json.dumps({"names": list(names)}))
     return folder
 
@@ -106,15 +107,51 @@ def test_a_bad_folder_is_refused_by_name(tmp_path, what):
     assert "\n" not in str(error.value) and str(folder) in str(error.value) and " object at 0x" not in str(error.value)
 
 
+def two_parts(folder: Path) -> Path:
+    """Rows 0 and 1 in the first file, 2 and 3 in the second."""
+    write_pack(folder, [(WHOLE, 0), (WHOLE, 1)], part="00000-of-00002")
+    return write_pack(folder, [(WHOLE, 1), (WHOLE, 0)], part="00001-of-00002")
+
+
+def sums(folder: Path, text: str) -> None:
+    """A list of SHA-256 of the pack's file beside the pack, as of a file that held `text`."""
+    line = f"{hashlib.sha256(text.encode()).hexdigest()}  {folder.name}/{PARQUET}\n"
+    (folder.parent / "SHA256SUMS").write_text(line)
+
+
 def truncate(file: Path, n: int) -> None:
     file.write_bytes(file.read_bytes()[:n])
 
 
 PACK_ERRORS = {
-    "corrupt image": (lambda f: write_pack(f, [(WHOLE, 0), (WHOLE[:60], 1)]), "60 bytes at own/1.png"),
+    "corrupt image": (
+        lambda f: write_pack(f, [(WHOLE, 0), (WHOLE[:60], 1)]),
+        f"60 bytes at own/1.png, row 1 of {PARQUET}",
+    ),
+    "missing part": (
+        lambda f: (two_parts(f) / "test-00000-of-00002.parquet").unlink(),
+        "test-00000-of-00002.+ missing",
+    ),
+    "parts of two versions": (
+        lambda f: write_pack(two_parts(f), [(WHOLE, 0)]),
+        "expected . test files in .+, got 3; remove",
+    ),
+    "bad row of a later part": (
+        lambda f: write_pack(two_parts(f), [(WHOLE, 0), (b"no", 1)], part="00001-of-00002"),
+        "2 bytes at own/1.png, row 1 of test-00001-of-00002.parquet",
+    ),
+    "bad label of a later part": (
+        lambda f: write_pack(two_parts(f), [(WHOLE, 0), (WHOLE, -1)], part="00001-of-00002"),
+        "labels in 0..1 .+ got -1 to 1 .first at row 1 of test-00001-of-00002.parquet",
+    ),
+    "checksum": (lambda f: sums(write_pack(f, [(WHOLE, 0)]), "another"), f"expected SHA-256 .+ for .+{PARQUET}, got"),
+    "class list": (
+        lambda f: write_pack(f, [(WHOLE, 0)], metadata={"class_names": '["cat", "dog", "emu"]'}),
+        "the 3 classes of test-.+ in .+classes.json, got 2",
+    ),
     "null image": (lambda f: write_pack(f, [(WHOLE, 0), (None, 1)]), "0 bytes at own/1.png"),
     "no row": (lambda f: write_pack(f, []), "without a row"),
-    "label": (lambda f: write_pack(f, [(WHOLE, 2)]), "labels in 0..1 .+ got 2 to 2"),
+    "label": (lambda f: write_pack(f, [(WHOLE, 2)]), f"labels in 0..1 .+ got 2 to 2 .first at row 0 of {PARQUET}"),
     "one class": (lambda f: write_pack(f, [(WHOLE, 0)], names=["cat"]), "at least two classes"),
     "zero bytes": (lambda f: truncate(write_pack(f, []) / PARQUET, 0), PARQUET),
     "truncated": (lambda f: truncate(write_pack(f, [(WHOLE, 0)]) / PARQUET, -9), PARQUET),
@@ -131,6 +168,14 @@ def test_a_bad_pack_is_refused_by_name(tmp_path, what):
     with pytest.raises(UserError, match=match) as error:
         from_path(tmp_path / "own")
     assert "\n" not in str(error.value) and "own" in str(error.value)
+
+
+def test_parts_are_read_in_order_and_a_right_checksum_is_content(tmp_path):
+    pack = two_parts(tmp_path / "own")
+    assert from_path(pack).labels.tolist() == [0, 1, 1, 0]
+    listed = [f"{hashlib.sha256(f.read_bytes()).hexdigest()}  own/{f.name}\n" for f in pack.glob("*.parquet")]
+    (tmp_path / "SHA256SUMS").write_text("".join(listed))
+    assert len(from_path(pack)) == 4
 
 
 def test_a_path_that_is_no_folder_is_refused(tmp_path):

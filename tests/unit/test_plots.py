@@ -60,6 +60,12 @@ def test_attacks_differ_by_line_and_methods_by_hue():
     assert [t.get_text() for t in ax.get_legend().get_texts()] == ["pgd-20", "cw-20"]
 
 
+def test_one_method_under_two_attacks_is_named_by_attack():
+    both = [r for r in rows() + rows("noise") if r.method == "CLIP"]
+    (ax,) = plots.accuracy_vs_eps(both, chance=0.04).axes
+    assert {"pgd-20", "noise"} <= set(texts(ax)) and "CLIP" not in texts(ax) and ax.get_legend() is None
+
+
 def test_seeds_are_thin_lines_around_their_mean():
     (ax,) = plots.accuracy_vs_eps(rows(seed=0) + rows(seed=1), chance=0.04).axes
     assert not ax.collections  # the interval of one seed is not that of the mean
@@ -238,3 +244,62 @@ def test_small_maps_are_upsampled_bilinearly():
 def test_map_strip_refuses(maps, message):
     with pytest.raises(UserError, match=message):
         plots.map_strip(torch.rand(2, 3, 16, 16), maps)
+
+
+def test_convergence_with_names_and_on_a_logarithmic_axis():
+    (ax,) = plots.convergence({"CLIP": [0.0, 1.0, 2.0]}, quantity="q", names=["in", "block 1", "out"]).axes
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["in", "block 1", "out"]
+    (ax,) = plots.convergence({"CLIP": ([1, 8, 64], [0.0, 1.0, 2.0])}, quantity="q", log=True).axes
+    assert ax.get_xscale() == "log"
+
+
+def test_confusions_count_and_the_rest_is_other():
+    labels, answers = [0, 0, 0, 1, 1, 2, 3, 3], [0, 1, 3, 1, 0, 2, 3, 3]
+    (ax,) = plots.confusion_grid(
+        labels, answers, ["cat", "dog", "ring", "a very long name of a star"], most=2, title="toy"
+    ).axes
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["cat", "dog"]
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["cat", "dog", "other"]
+    found = {(int(t.get_position()[1]), int(t.get_position()[0])): t.get_text() for t in ax.texts}
+    assert found == {(0, 0): "1", (0, 1): "1", (0, 2): "1", (1, 0): "1", (1, 1): "1"}
+    with pytest.raises(UserError, match="an answer for each label"):
+        plots.confusion_grid([0, 1], [0], ["cat", "dog"])
+
+
+def test_pairs_stand_at_their_words_and_marked_ones_are_framed():
+    values = {("red", "star"): 1.0, ("red", "ring"): 0.5, ("blue", "ring"): 0.0}
+    (ax,) = plots.pair_grid(values, marked=[("blue", "ring")]).axes
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["red", "blue"]
+    assert {(t.get_position(), t.get_text()) for t in ax.texts} == {((0, 0), "100"), ((1, 0), "50"), ((1, 1), "0")}
+    assert len(ax.patches) == 1
+    with pytest.raises(UserError, match="fractions"):
+        plots.pair_grid({("red", "star"): 40})
+
+
+def test_similarities_frame_the_nearest_text_of_each_image():
+    images, cosines = torch.rand(2, 3, 8, 8), torch.tensor([[0.5, -0.25, 0.1], [0.0, 0.3, 0.9]])
+    *pictures, ax = plots.similarities(images, ["cat", "dog", "grand piano"], cosines).axes
+    assert len(pictures) == 2 and [t.get_text() for t in ax.texts] == [".50", ".00", "−.25", ".30", ".10", ".90"]
+    assert [round(p.get_x() + 0.46) for p in ax.patches] == [0, 1] and [
+        round(p.get_y() + 0.45) for p in ax.patches
+    ] == [0, 2]
+    with pytest.raises(UserError, match=r"cosines \[2, 3\]"):
+        plots.similarities(images, ["cat", "dog", "ring"], cosines.T)
+
+
+def test_mosaics_keep_every_tile_apart():
+    tiles = torch.zeros(4, 3, 2, 2)
+    tiles[3] = 0.5
+    (ax,) = plots.mosaics({"patches": tiles}).axes
+    sheet = ax.get_images()[0].get_array()
+    assert sheet.shape == (5, 5, 3) and sheet[2].min() == 1 and sheet[:, 2].min() == 1 and (sheet[3:, 3:] == 0.5).all()
+    shown = plots.stretched(torch.tensor([-2.0, 0.0, 1.0]).view(1, 3, 1, 1))
+    assert shown.flatten().tolist() == [0, 0.5, 0.75]
+
+
+def test_guesses_show_five_classes_an_image():
+    p = torch.softmax(torch.arange(14.0).view(2, 7), 1)
+    fig = plots.guesses(torch.rand(2, 3, 8, 8), p, list("abcdefg"), [6, 0], title="clean")
+    assert texts(fig.axes[1])[0] == "✓ g" and "✓" not in "".join(texts(fig.axes[3])) and len(texts(fig.axes[1])) == 10
+    with pytest.raises(UserError, match=r"probabilities \[2, 7\]"):
+        plots.guesses(torch.rand(2, 3, 8, 8), p[:1], list("abcdefg"), [6, 0])

@@ -144,3 +144,20 @@ def test_rates_table_shows_every_rate_and_no_weights():
     assert cells(html, 0) == ["method", "rate 0.0005", "rate 0.001"]
     assert cells(html, 1) == ["TeCoA", "80.0\u00a0/\u00a050.0", "70.0\u00a0/\u00a040.0"]
     assert cells(html, 2)[2] == "90.0\u00a0/\u00a030.0" and "n = 600" in html and "TGA-ZSR" not in html
+
+
+def test_sets_table_puts_chance_beside_each_accuracy():
+    rows = [row("CLIP", [1] * 15 + [0] * 5, attack="none", eps_255=0.0, metric="clean_acc")]
+    html = book.sets_table(rows, {"toy/gray": 8}, caption="Known.")
+    low, high = (100 * v for v in wilson(15, 20))
+    assert cells(html, 1) == ["toy/gray", "8", "20", "12.5", f"75.0\u00a0({low:.1f}–{high:.1f})"]
+
+
+def test_paired_table_compares_with_the_first_line():
+    right, half = (
+        row(m, c, attack="none", eps_255=0.0, metric="clean_acc")
+        for m, c in (("as intended", [1] * 20), ("wrong", [1, 0] * 10))
+    )
+    html = book.paired_table([right, half], right, caption="Mistakes.")
+    assert cells(html, 1)[2] == "–" and cells(html, 2)[0] == "wrong"
+    assert re.fullmatch(r"−50.0\u00a0\(−\d\d.\d to −\d\d.\d\)", cells(html, 2)[2]) and "n = 20" in html
