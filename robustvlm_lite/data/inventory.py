@@ -6,8 +6,8 @@ import pyarrow.parquet as pq
 
 from .. import scenes
 from ..runtime import UserError
+from . import registry
 from .packs import PACKS, pack_folder
-from .registry import CLASSIFICATION, datasets
 from .sources import lacking
 
 HEADER = ("data set", "where", "n (test)", "size", "licence")
@@ -17,14 +17,14 @@ def inventory(data_root: str) -> list[tuple[str, ...]]:
     """One row under HEADER for each data set, of the folder `data_root` (empty: only what is bundled is here)."""
     rows = [(f"scenes/{task}", "rendered", "any", "-", "drawn by this package") for task in scenes.TASKS]
     rows += [_pack(name, data_root) for name in PACKS]
-    for short, dataset in datasets().items():
+    for short, dataset in registry.datasets().items():
         size = f"{dataset.gigabytes:g} GB" if dataset.gigabytes else "-"
         for group, use in dataset.uses.items():
             lacks = lacking(dataset, use, data_root) if data_root else short
             there = data_root and dataset.folder(data_root).is_dir()
             where = "here" if not lacks else f"lacks {lacks}" if there else "missing"
             rows.append((f"{group}/{short}", where, str(use.splits["test"]["n"]), size, dataset.licence))
-        if dataset.task != CLASSIFICATION:
+        if dataset.task != registry.CLASSIFICATION:
             where = "here" if data_root and dataset.folder(data_root).is_dir() else "missing"
             rows.append((short, where, f"({dataset.task})", size, dataset.licence))
     return rows

@@ -22,6 +22,7 @@ class Defense(nn.Module):
     def __init__(self, clip: ZeroShotCLIP):
         super().__init__()
         self.clip = clip
+        self.facts: dict = {}  # what a loaded checkpoint says of its making
 
     def fit(self, data, *, attack: TrainingAttack | None = None, **_) -> "Defense":
         """Train on labelled images; a defense without training returns itself."""

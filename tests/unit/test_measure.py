@@ -7,9 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from robustvlm_lite import attention, book, defenses
-from robustvlm_lite.attacks import pgd
+from robustvlm_lite.attacks import cross_entropy, pgd
 from robustvlm_lite.cards import Card
 from robustvlm_lite.data import ImageSet, load
 from robustvlm_lite.defenses import Defense
@@ -135,3 +136,25 @@ def test_maps_are_compared_scene_by_scene(random_clip, tmp_path):
     run.card.write(tmp_path)
     plain = book.measure_maps(toy_run(random_clip, tmp_path), "CLIP", scenes, maps, "none", 0.0)
     assert all("over" not in r.extra for r in plain)
+
+
+def test_equal_force_gains_belong_to_the_bundled_nano():
+    """`benchmarks/metric_force.py` measures them; here once more, on maps upsampled to pictures."""
+    from robustvlm_lite.clip import load_clip
+
+    clip, images = load_clip("nano"), load("photos/caltech", "train", n=256)
+    model, x, y = clip.classifier(images.class_names, images.templates), images.pixels(), images.labels
+    threat, steps = ThreatModel(2.0), {"n_steps": 2, "step_255": 2.0, "start": "zero", "keep": "last"}
+    x_adv = pgd(cross_entropy(model, y), x, threat, **steps)
+    with torch.no_grad():
+        clean, own = (attention.text_map(clip.tokens(v), model.text_features[y]).view(-1, 1, 8, 8) for v in (x, x_adv))
+
+    def pull(distance):
+        moved = own.clone().requires_grad_()
+        pictures = (F.interpolate(m, size=(224, 224), mode="bilinear").flatten(1) for m in (moved, clean))
+        return torch.autograd.grad(distance(*pictures).sum(), moved)[0].flatten(1).norm(dim=1).mean().item()
+
+    l2 = pull(lambda a, b: (a - b).norm(dim=1))
+    assert l2 / pull(lambda a, b: (a - b).abs().mean(1)) == pytest.approx(defenses.GAIN_L1, rel=0.01)
+    cosine = pull(lambda a, b: 1 - F.cosine_similarity(a, b))
+    assert l2 / cosine == pytest.approx(defenses.GAIN_COSINE, rel=0.01)

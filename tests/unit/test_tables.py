@@ -60,7 +60,7 @@ def test_accuracy_table_gives_interval_n_and_attack():
     html = book.accuracy_table(accuracies([0] * 20, [1] * 10 + [0] * 10), columns=COLUMNS, caption="Seen.")
     low, high = wilson(10, 20)
     assert cells(html, 0) == ["method", "clean", "PGD"]
-    assert cells(html, 2) == ["TeCoA", cells(html, 1)[1], f"50.0\u00a0({100 * low:.1f}–{100 * high:.1f})"]
+    assert cells(html, 2) == ["TeCoA", cells(html, 1)[1], f"50.0\u00a0({100 * low:.1f}\u2060–\u2060{100 * high:.1f})"]
     caption = re.search("<figcaption>(.*?)</figcaption>", html)[1]
     for part in ("Seen. n = 20", "pgd-20 at ε = 1/255 (20 steps of 0.25 ε)", 'href="#rvl-card"'):
         assert part in caption
@@ -150,7 +150,7 @@ def test_sets_table_puts_chance_beside_each_accuracy():
     rows = [row("CLIP", [1] * 15 + [0] * 5, attack="none", eps_255=0.0, metric="clean_acc")]
     html = book.sets_table(rows, {"toy/gray": 8}, caption="Known.")
     low, high = (100 * v for v in wilson(15, 20))
-    assert cells(html, 1) == ["toy/gray", "8", "20", "12.5", f"75.0\u00a0({low:.1f}–{high:.1f})"]
+    assert cells(html, 1) == ["toy/gray", "8", "20", "12.5", f"75.0\u00a0({low:.1f}\u2060–\u2060{high:.1f})"]
 
 
 def test_paired_table_compares_with_the_first_line():
