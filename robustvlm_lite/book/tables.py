@@ -88,9 +88,8 @@ def _accuracy(row: Row | None) -> str | None:
     if row is None:
         return None
     low, high = row.ci95
-    return (
-        f"{100 * row.value:.1f}\u00a0({100 * low:.1f}\u2060–\u2060{100 * high:.1f})"  # no line break at space or dash
-    )
+    # no line breaks at this space and this dash
+    return f"{100 * row.value:.1f}\u00a0({100 * low:.1f}\u2060–\u2060{100 * high:.1f})"
 
 
 def _clear_winner(rows: Sequence[Row | None]) -> str:
