@@ -92,13 +92,13 @@ def tokens_before(visual: nn.Module, x: Tensor, last: int) -> Tensor:
     return tokens
 
 
-def cls_block(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+def cls_block(block: nn.Module, x: Tensor, normed: Tensor) -> tuple[Tensor, Tensor]:
     """What a block makes of CLS alone, [B, 1, W], and its attention [B, N, N], averaged over heads and detached.
 
     CLS asks all tokens of x [B, N, W] for keys and values, but needs only its own query and MLP: exact, and most of the
-    last block's work is saved.
+    last block's work is saved. normed: the block's ln_1 of x, so that the caller can take a gradient there.
     """
-    q, k, v = _query_key_value(block.attn, block.ln_1(x))
+    q, k, v = _query_key_value(block.attn, normed)
     row = (q[:, :, :1] @ k.transpose(-1, -2)).softmax(dim=-1)
     mixed = block.attn.out_proj((row @ v).transpose(1, 2).reshape(len(x), 1, -1))
     cls = x[:, :1] + block.ls_1(mixed)

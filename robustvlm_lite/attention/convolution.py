@@ -16,7 +16,7 @@ def stage_cam(clip: ZeroShotCLIP, x: Tensor, text_features: Tensor) -> Tensor:
 
     x [..., 3, H, W]; text_features as in `top_logit`. N is the stage's grid, 7 x 7 for 224 pixels.
     """
-    stage = _last_stage(clip, x.flatten(0, -4))
+    stage = _last_stage(clip, x.reshape(-1, *x.shape[-3:]))
     with torch.enable_grad():
         features = clip.visual.attnpool(stage.requires_grad_()).view(*x.shape[:-3], -1)
         (gradient,) = torch.autograd.grad(top_logit(clip, features, text_features), stage)
@@ -30,7 +30,7 @@ def pool_rollout(clip: ZeroShotCLIP, x: Tensor, text_features: Tensor) -> Tensor
     The paper states its rollout for transformers; this is our reading of it for the one layer of attention that a ResNet
     has, I + E_h(A) W without a product. x [..., 3, H, W]; text_features as in `top_logit`.
     """
-    pool, patches = clip.visual.attnpool, _last_stage(clip, x.flatten(0, -4)).flatten(2).transpose(1, 2)
+    pool, patches = clip.visual.attnpool, _last_stage(clip, x.reshape(-1, *x.shape[-3:])).flatten(2).transpose(1, 2)
     tokens = torch.cat([patches.mean(dim=1, keepdim=True), patches], dim=1) + pool.positional_embedding
     with torch.enable_grad():
         tokens.requires_grad_()
@@ -40,7 +40,7 @@ def pool_rollout(clip: ZeroShotCLIP, x: Tensor, text_features: Tensor) -> Tensor
         row = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(dim=-1)  # [B, heads, 1, 1 + N]
         features = pool.c_proj((row @ v).transpose(1, 2).flatten(2)).view(*x.shape[:-3], -1)
         (gradient,) = torch.autograd.grad(top_logit(clip, features, text_features), tokens)
-    cam = row.detach().mean(dim=1)[:, 0] * token_relevance(tokens.detach(), gradient)
+    cam = row.detach().mean(dim=1)[:, 0] * token_relevance((tokens.detach() * gradient).sum(dim=-1))
     return cam[:, 1:].reshape(*x.shape[:-3], -1)
 
 

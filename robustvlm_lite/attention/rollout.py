@@ -43,7 +43,7 @@ def gar(clip: ZeroShotCLIP, x: Tensor, text_features: Tensor, last: int | None =
     as in `top_logit`. last: the product and the graph reach over that many blocks; None: over all.
     """
     last = last or len(clip.visual.transformer.resblocks)
-    flat = x.flatten(0, -4)
+    flat = x.reshape(-1, *x.shape[-3:])
     relevance = _relevance(clip, flat, last, lambda f: top_logit(clip, f.view(*x.shape[:-3], -1), text_features))
     return relevance[:, 0, 1:].view(*x.shape[:-3], -1)
 

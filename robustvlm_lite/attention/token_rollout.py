@@ -1,11 +1,12 @@
 """Token-gradient attention rollout (A-TPT): attention of the last two blocks, weighted with what each token adds.
 
 The gradient is taken at the tokens that go *into* a block. At the output of the last block it would be zero for every
-patch, because the image feature reads CLS alone.
+patch, because the image feature reads CLS alone. Even at its input a patch is read through a layer norm only, so that its
+product with the gradient is what the norm's eps leaves of it: see `through_norm`.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import transformer
 from ..clip import ZeroShotCLIP
@@ -25,22 +26,35 @@ def token_rollout(clip: ZeroShotCLIP, x: Tensor, text_features: Tensor, form: st
     """
     visual = clip.visual
     before, last = visual.transformer.resblocks[-2:]
-    first = transformer.tokens_before(visual, clip.normalize(x.flatten(0, -4)), 2)
+    first = transformer.tokens_before(visual, clip.normalize(x.reshape(-1, *x.shape[-3:])), 2)
     with torch.enable_grad():
         second, (weights,) = transformer.matrices_through([before], first.requires_grad_())
-        cls, weights_last = transformer.cls_block(last, second)
+        normed = last.ln_1(second)
+        cls, weights_last = transformer.cls_block(last, second, normed)
         features = transformer.project(visual, cls).view(*x.shape[:-3], -1)
-        gradients = torch.autograd.grad(top_logit(clip, features, text_features), (first, second))
-    tokens = (first.detach(), second.detach())
-    relevance = [token_relevance(t, g) for t, g in zip(tokens, gradients, strict=True)]
-    rows = cls_row((weights.detach().mean(dim=1), weights_last), relevance, form)
+        slopes = torch.autograd.grad(top_logit(clip, features, text_features), (first, second, normed))
+    in_last = through_norm(last.ln_1, second.detach(), slopes[2])
+    in_last[:, 0] = (second.detach() * slopes[1])[:, 0].sum(dim=-1)  # CLS goes past the norm as well
+    products = ((first.detach() * slopes[0]).sum(dim=-1), in_last)
+    rows = cls_row((weights.detach().mean(dim=1), weights_last), tuple(map(token_relevance, products)), form)
     return (clip_top(rows) if form == "released" else rows).view(*x.shape[:-3], -1)
 
 
-def token_relevance(tokens: Tensor, gradient: Tensor) -> Tensor:
-    """W [B, T]: positive part of <token, dS/dtoken> for tokens [B, T, D], as shares of all tokens; zero if none adds."""
-    w = (tokens * gradient).sum(dim=-1).relu()
+def token_relevance(products: Tensor) -> Tensor:
+    """W [B, T]: positive part of <token, dS/dtoken> [B, T] as shares of all tokens; zero if none adds."""
+    w = products.relu()
     return w / (w.sum(dim=-1, keepdim=True) + EPS)
+
+
+@torch.no_grad()
+def through_norm(norm: nn.LayerNorm, tokens: Tensor, slope: Tensor) -> Tensor:
+    """<token, dS/dtoken> [B, T] of tokens [B, T, D] that S reads through `norm` alone, from slope = dS/dnorm(token).
+
+    A layer norm does not see a token's length, so the product would be 0 but for its eps: it is eps / (variance + eps)
+    of <norm(token) - bias, slope>. Multiplied out in float32 instead, it is a sum that cancels to rounding.
+    """
+    share = norm.eps / (tokens.var(dim=-1, correction=0) + norm.eps)
+    return share * ((norm(tokens) - norm.bias) * slope).sum(dim=-1)
 
 
 def cls_row(attention: tuple[Tensor, Tensor], relevance: tuple[Tensor, Tensor], form: str) -> Tensor:

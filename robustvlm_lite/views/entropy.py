@@ -24,6 +24,7 @@ def lowest_entropy(logits: Tensor, keep: int) -> Tensor:
 
     View 0, the image itself, competes like any other. TPT and its heirs keep 6 of 64.
     """
-    if not 1 <= keep <= (n := logits.shape[-2]):
+    n = logits.shape[-2]
+    if not 1 <= keep <= n:
         raise UserError(f"expected to keep 1 to {n} of {n} views, got {keep}; draw more views or keep fewer")
     return entropy(logits).topk(keep, dim=-1, largest=False).indices

@@ -13,7 +13,8 @@ def neighbor_weights(
     features [I, V, D], unit. quirk_self: a view is kept from counting as its own neighbor by `cosine >= 1`, as released,
     which rounding decides; otherwise by its index.
     """
-    if not 1 <= n_neighbors < (n := features.shape[-2]):
+    n = features.shape[-2]
+    if not 1 <= n_neighbors < n:
         raise UserError(f"expected 1 to {n - 1} neighbors among {n} views, got {n_neighbors}; draw more views")
     cosines = features @ features.mT
     if quirk_self:
