@@ -13,7 +13,7 @@ from .scaling import clip_top, is_flat, minmax, upsample, upsampling
 from .score import top_logit
 from .smoothness import SCALES, total_variation
 from .text_guided import TOKEN_NORMS, cls_map, complementary_map, grad_cam, named_maps, text_map, value_map
-from .token_rollout import cls_row, token_relevance, token_rollout
+from .token_rollout import cls_row, through_norm, token_relevance, token_rollout
 
 __all__ = [
     "FORMS",
@@ -44,6 +44,7 @@ __all__ = [
     "sharpen",
     "stage_cam",
     "text_map",
+    "through_norm",
     "token_relevance",
     "token_rollout",
     "top_logit",

@@ -18,10 +18,10 @@ def affine(levels: Tensor, matrix: Tensor) -> Tensor:
     Pillow cuts the interpolated value off to a whole level, it does not round.
     """
     height, width = levels.shape[-2:]
-    points = _centers(height, width, levels) @ matrix[:, None, :, :2].mT + matrix[:, None, None, :, 2]  # [M, H, W, 2]
-    size = torch.tensor([width, height], dtype=levels.dtype, device=levels.device)
-    inside = ((points >= 0) & (points < size)).all(dim=-1)[:, None]
-    value = _read(levels, points) * inside
+    x, y = _centers(width, levels), _centers(height, levels)[:, None]
+    old_x, old_y = (a * x + b * y + c for a, b, c in (row.T[..., None, None] for row in matrix.unbind(1)))  # [M, H, W]
+    inside = (old_x >= 0) & (old_x < width) & (old_y >= 0) & (old_y < height)
+    value = _read(levels, old_x, old_y) * inside[:, None]
     return straight_through(value, (value + LIFT).floor())
 
 
@@ -32,22 +32,23 @@ def resized_crops(levels: Tensor, boxes: Tensor, mirror: Tensor) -> Tensor:
     nothing outside of the box is read.
     """
     height, width = levels.shape[-2:]
-    boxes = boxes.to(levels.dtype)[:, :, None, None]  # [I, n, 1, 1, 4]
-    start, extent = boxes[..., [1, 0]], boxes[..., [3, 2]]  # x before y
-    share = _centers(height, width, levels) / torch.tensor([width, height], dtype=levels.dtype, device=levels.device)
-    share = torch.where(mirror[:, :, None, None, None], share * share.new_tensor([-1, 1]) + share.new_tensor([1, 0]), share)
-    points = (start + extent * share).clamp(start + 0.5, start + extent - 0.5)  # [I, n, H, W, 2]
-    value = _read(levels, points.flatten(1, 2)).unflatten(2, (-1, height)).transpose(1, 2)
+    top, left, tall, wide = boxes.to(levels.dtype)[..., None].unbind(2)  # [I, n, 1] each
+    x = _centers(width, levels) / width
+    x = left + wide * torch.where(mirror[..., None], 1 - x, x)  # [I, n, W]
+    y = top + tall * (_centers(height, levels) / height)
+    x, y = x.clamp(left + 0.5, left + wide - 0.5), y.clamp(top + 0.5, top + tall - 0.5)
+    x, y = torch.broadcast_tensors(x[:, :, None], y[..., None])  # [I, n, H, W]
+    value = _read(levels, x.flatten(1, 2), y.flatten(1, 2)).unflatten(2, (-1, height)).transpose(1, 2)
     return straight_through(value, value.round())
 
 
-def _centers(height: int, width: int, like: Tensor) -> Tensor:
-    """Centers (x, y) of the pixels, [H, W, 2]."""
-    y, x = (torch.arange(n, dtype=like.dtype, device=like.device) + 0.5 for n in (height, width))
-    return torch.stack([x.expand(height, -1), y[:, None].expand(-1, width)], dim=-1)
+def _centers(n: int, like: Tensor) -> Tensor:
+    """Centers of n pixels in a row."""
+    return torch.arange(n, dtype=like.dtype, device=like.device) + 0.5
 
 
-def _read(levels: Tensor, points: Tensor) -> Tensor:
-    """Levels [M, 3, H, W] interpolated at the points (x, y) [M, h, w, 2], the edge repeated; [M, 3, h, w]."""
-    size = torch.tensor([levels.shape[-1], levels.shape[-2]], dtype=levels.dtype, device=levels.device)
-    return F.grid_sample(levels, 2 * points / size - 1, mode="bilinear", padding_mode="border", align_corners=False)
+def _read(levels: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Levels [M, 3, H, W] interpolated at the points (x, y), each [M, h, w], the edge repeated; [M, 3, h, w]."""
+    height, width = levels.shape[-2:]
+    points = torch.stack([x * (2 / width) - 1, y * (2 / height) - 1], dim=-1)
+    return F.grid_sample(levels, points, mode="bilinear", padding_mode="border", align_corners=False)

@@ -44,7 +44,7 @@ def posterize(levels: Tensor, bits: Tensor) -> Tensor:
 def solarize(levels: Tensor, threshold: Tensor) -> Tensor:
     """Levels of at least `threshold` inverted."""
     ramp, least = _ramp(levels), threshold[:, None, None]
-    slope = 1 - 2 * (levels.detach() >= least[..., None]).to(levels.dtype)
+    slope = 1 - 2.0 * (levels.detach() >= least[..., None]) if levels.requires_grad else 1.0
     return look_up(levels, torch.where(ramp >= least, 255 - ramp, ramp).expand(-1, 3, -1), slope)
 
 

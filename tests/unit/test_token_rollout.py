@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from robustvlm_lite import attention, scenes, transformer
-from robustvlm_lite.attention.token_rollout import through_norm
 from robustvlm_lite.clip import random_clip as make_clip
 from robustvlm_lite.runtime import UserError, generator
 
@@ -155,7 +154,8 @@ def test_at_the_output_of_the_last_block_nothing_could_be_read(clip, x):
 def test_a_patch_of_the_last_block_is_worth_what_the_norms_eps_leaves(clip, x):
     """A thousandth, at most, of what it is worth in the block before; and `through_norm` gives that remainder."""
     tokens, slopes, _, _ = seen_by_open_clip(clip, x[0, 0], unit_text(clip))
-    before, last = (np.abs((t * g).sum(1)) / np.linalg.norm(t, axis=1) / np.linalg.norm(g, axis=1) for t, g in zip(tokens, slopes, strict=True))
+    lengths = [np.linalg.norm(t, axis=1) * np.linalg.norm(g, axis=1) for t, g in zip(tokens, slopes, strict=True)]
+    before, last = (np.abs((t * g).sum(1)) / n for t, g, n in zip(tokens, slopes, lengths, strict=True))
     assert np.median(last[1:]) < 1e-3 * np.median(before[1:])
     norm = nn.LayerNorm(6, eps=0.01).double()
     with torch.no_grad():
@@ -165,7 +165,7 @@ def test_a_patch_of_the_last_block_is_worth_what_the_norms_eps_leaves(clip, x):
     normed = norm(token).detach().requires_grad_()
     (at_norm,) = torch.autograd.grad((normed * readout).sin().sum(), normed)
     with torch.no_grad():
-        own = through_norm(norm, token, at_norm)
+        own = attention.through_norm(norm, token, at_norm)
     assert torch.allclose(own, (token * slope).sum(2).detach(), rtol=1e-9)
 
 
