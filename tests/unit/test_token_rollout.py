@@ -217,43 +217,36 @@ def test_the_cls_block_is_the_whole_block(clip, x):
 
 @pytest.mark.parametrize("last", [2, None])
 def test_gar_is_the_product_of_positive_attention_times_its_slope(clip, x, last):
-    """The slope through open_clip's weights in a pass written out here, with every attention matrix a leaf's child."""
-    text, image = unit_text(clip), x[0, 0][None]
+    """Matrices and slopes from a pass written out here; one slope is checked by finite differences."""
+    text, image = unit_text(clip), x[0, 0]
     blocks = clip.visual.transformer.resblocks
-    h, matrices = transformer.embed(clip.visual, clip.normalize(image)), []
-    for block in blocks:
-        u = block.ln_1(h)
-        q, k, v = F.linear(u, block.attn.in_proj_weight, block.attn.in_proj_bias).view(1, 65, 3, 4, -1).permute(2, 0, 3, 1, 4)
-        matrices.append((q @ k.mT / q.shape[-1] ** 0.5).softmax(3).detach().requires_grad_())
-        h = h + block.attn.out_proj((matrices[-1] @ v).transpose(1, 2).flatten(2))
-        h = h + block.mlp(block.ln_2(h))
 
     def forward(bump):
-        """The largest logit with `bump` added to the matrices, queries and keys following as they do in the model."""
-        h = transformer.embed(clip.visual, clip.normalize(image))
+        """The largest logit with `bump` added to the attention matrices, and the matrices."""
+        h, matrices = transformer.embed(clip.visual, clip.normalize(image[None])), []
         for block, extra in zip(blocks, bump, strict=True):
-            u = block.ln_1(h)
-            qkv = F.linear(u, block.attn.in_proj_weight, block.attn.in_proj_bias).view(1, 65, 3, 4, -1)
+            qkv = F.linear(block.ln_1(h), block.attn.in_proj_weight, block.attn.in_proj_bias).view(1, 65, 3, 4, -1)
             q, k, v = qkv.permute(2, 0, 3, 1, 4)
-            weights = (q @ k.mT / q.shape[-1] ** 0.5).softmax(3) + extra
-            h = h + block.attn.out_proj((weights @ v).transpose(1, 2).flatten(2))
+            matrices.append((q @ k.mT / q.shape[-1] ** 0.5).softmax(3) + extra)
+            h = h + block.attn.out_proj((matrices[-1] @ v).transpose(1, 2).flatten(2))
             h = h + block.mlp(block.ln_2(h))
-        return score(clip, clip.visual.ln_post(h[:, 0]) @ clip.visual.proj, text).sum()
+        return score(clip, clip.visual.ln_post(h[:, 0]) @ clip.visual.proj, text).sum(), matrices
 
-    bump = [torch.zeros_like(m).requires_grad_() for m in matrices]
-    slopes = torch.autograd.grad(forward(bump), bump)
-    at, step = (0, 1, 0, 7), 1e-6  # one entry by finite differences: the slope itself is what it is taken for
+    bump = [torch.zeros(1, 4, 65, 65, dtype=torch.float64, requires_grad=True) for _ in blocks]
+    value, matrices = forward(bump)
+    slopes = torch.autograd.grad(value, bump)
+    at, step = (0, 1, 0, 7), 1e-6
     for k in (1, 3):
-        push = [torch.zeros_like(m) for m in matrices]
+        push = [torch.zeros_like(b) for b in bump]
         push[k][at] = step
         with torch.no_grad():
-            measured = (forward(push) - forward([-p for p in push])) / (2 * step)
+            measured = (forward(push)[0] - forward([-p for p in push])[0]) / (2 * step)
         assert slopes[k][at].item() == pytest.approx(measured.item(), rel=1e-4, abs=1e-6)
     expected = np.eye(65)
     for m, s in list(zip(matrices, slopes, strict=True))[-(last or 4) :]:
         positive = np.maximum(0, m.detach()[0].numpy() * s[0].numpy())
         expected = (np.eye(65) + sum(positive) / 4) @ expected
-    own = attention.gar(clip, image[0], text, last)
+    own = attention.gar(clip, image, text, last)
     assert np.allclose(own.numpy(), expected[0, 1:], rtol=1e-6)
 
 
@@ -370,7 +363,8 @@ def test_maps_can_be_measured_against_objects(random_clip):
     a = torch.zeros(2, 3, 8, 8, dtype=torch.bool)
     b = a.clone()
     a[..., :4], b[..., 2:4] = True, True
-    assert (attention.iou(a, b) == 0.5).all() and attention.iou(a, b).shape == (2, 3) and attention.iou(~a & a, ~b & b).max() == 0
+    assert (attention.iou(a, b) == 0.5).all() and attention.iou(a, b).shape == (2, 3)
+    assert attention.iou(a & ~a, b & ~b).max() == 0, "two empty masks"
 
 
 class Bare(nn.Module):
