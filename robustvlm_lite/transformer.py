@@ -5,6 +5,8 @@ book need every token and every attention matrix inside the graph, and attention
 softmax(q kT) v trains about 1.8 times faster than the fused kernel on CPUs in bfloat16.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -62,18 +64,47 @@ def image_stages(visual: nn.Module, x: Tensor, positions: Tensor | None = None) 
     return stages
 
 
-def image_matrices(visual: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Tokens [B, 1 + N, W] after the last block, and every block's attention matrices [B, heads, 1 + N, 1 + N].
+def matrices_through(blocks: Sequence[nn.Module], tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Tokens [B, N, W] after `blocks`, and each block's attention matrices [B, heads, N, N].
 
-    The tokens are computed through the matrices, so that a gradient reaches them. x: normalized images.
+    The tokens are computed through the matrices, so that a gradient reaches them.
     """
-    tokens, matrices = embed(visual, x), []
-    for block in visual.transformer.resblocks:
+    matrices = []
+    for block in blocks:
         mixed, weights = attend(block.attn, block.ln_1(tokens))
         matrices.append(weights)
         tokens = tokens + block.ls_1(mixed)
         tokens = tokens + block.ls_2(block.mlp(block.ln_2(tokens)))
     return tokens, matrices
+
+
+def image_matrices(visual: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """`matrices_through` all blocks: tokens [B, 1 + N, W] and matrices [B, heads, 1 + N, 1 + N]. x: normalized images."""
+    return matrices_through(visual.transformer.resblocks, embed(visual, x))
+
+
+@torch.no_grad()
+def tokens_before(visual: nn.Module, x: Tensor, last: int) -> Tensor:
+    """Tokens [B, 1 + N, W] at the input of the last `last` blocks, without a graph. x: normalized images."""
+    tokens = embed(visual, x)
+    for block in visual.transformer.resblocks[: len(visual.transformer.resblocks) - last]:
+        tokens = run_block(block, tokens)
+    return tokens
+
+
+def cls_block(block: nn.Module, x: Tensor, normed: Tensor) -> tuple[Tensor, Tensor]:
+    """What a block makes of CLS alone, [B, 1, W], and its attention [B, N, N], averaged over heads and detached.
+
+    CLS asks all tokens of x [B, N, W] for keys and values, but needs only its own query and MLP: exact, and most of the
+    last block's work is saved. normed: the block's ln_1 of x, so that the caller can take a gradient there.
+    """
+    q, k, v = _query_key_value(block.attn, normed)
+    row = (q[:, :, :1] @ k.transpose(-1, -2)).softmax(dim=-1)
+    mixed = block.attn.out_proj((row @ v).transpose(1, 2).reshape(len(x), 1, -1))
+    cls = x[:, :1] + block.ls_1(mixed)
+    with torch.no_grad():
+        weights = (q @ k.transpose(-1, -2)).softmax(dim=-1).mean(dim=1)
+    return cls + block.ls_2(block.mlp(block.ln_2(cls))), weights
 
 
 def project(visual: nn.Module, tokens: Tensor) -> Tensor:

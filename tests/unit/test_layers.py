@@ -11,7 +11,7 @@ PACKAGE = ROOT / "robustvlm_lite"
 LAYERS = (
     ("runtime", "threat", "stats"),
     ("scenes", "data", "transformer", "clip", "captioner"),
-    ("attention", "prompts", "attacks"),
+    ("attention", "views", "prompts", "attacks"),
     ("defenses",),
     ("evaluate", "records", "sanity"),
     ("cards", "rules", "claims", "verdicts"),
