@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .. import attention, defenses, evaluate
-from ..cards import load_card
+from ..cards import load_card, shelf
 from ..clip import ZeroShotCLIP
 from ..data import ImageSet
 from ..defenses import Defense, Training
 from ..records import Row
-from ..runtime import PACKAGE, UserError
+from ..runtime import UserError
 from ..stats import bootstrap_mean, paired_bootstrap
 
 
@@ -150,7 +150,7 @@ def measure_maps(
 
 def committed_card(chapter: str, profile: str) -> dict | None:
     """The card of a chapter that the book ships for this profile, or None."""
-    path = PACKAGE.parent / "book" / "cards" / f"{chapter}-{profile}"
+    path = shelf() / f"{chapter}-{profile}"
     return load_card(path) if (path / "card.json").exists() else None
 
 
