@@ -14,7 +14,7 @@ LAYERS = (
     ("attention", "prompts", "attacks"),
     ("defenses",),
     ("evaluate", "records", "sanity"),
-    ("cards", "rules", "claims", "verdicts"),
+    ("cards", "rules", "claims", "verdicts", "estimate"),
     ("plots", "book", "runfolder", "runner", "practitioner", "doctor", "cli"),
 )
 LAYER = {room: n for n, rooms in enumerate(LAYERS) for room in rooms}
