@@ -9,7 +9,8 @@
 # Snakemake left behind is stale and is removed.
 set -eu
 cd "$(dirname "$0")/.."
-command -v snakemake >/dev/null || { echo 'run.sh: no snakemake; install it with: uv pip install -e ".[grid]"' >&2; exit 2; }
+PATH=$PWD/.venv-grid/bin:$PATH
+command -v snakemake >/dev/null || { echo "run.sh: no snakemake here; book/grid.md has the line that installs it" >&2; exit 2; }
 mkdir -p .snakemake
 exec 9>>.snakemake/head.lock
 flock -n 9 || { echo "run.sh: another grid runs in this checkout; wait for it, or start from a second checkout" >&2; exit 1; }
