@@ -50,14 +50,7 @@ def committed_cards(cards: Mapping[str, dict]) -> Html:
 def all_rows(cards: Mapping[str, dict]) -> str:
     """Every row of every card as one table. It reads without JavaScript; results.js adds sorting and filters."""
     head = (*SEARCHED, "value (95 % interval)", "n")
-    body = []
-    for name, card in cards.items():
-        for row in card["rows"]:
-            texts = (row["method"], row["dataset"], row["attack"], f"{row['eps_255']:g}", row["metric"])
-            chapter = f"{card_link(name, card['chapter'])} {STALE if is_stale(card) else ''}"
-            cells = [f'<td data-key="{escape(card["chapter"])}">{chapter}</td>', f"<td>{card['profile']}</td>", *(f"<td>{escape(t)}</td>" for t in texts)]
-            cells.append(f'<td data-value="{row["value"]!r}">{value(row)}</td><td>{row["n"]}</td>')
-            body.append(f"<tr>{''.join(cells)}</tr>")
+    body = [_row(name, card, row) for name, card in cards.items() for row in card["rows"]]
     heads = "".join(
         f'<th scope="col"{" data-filter" if title in SEARCHED else ""}>{escape(title)}</th>' for title in head
     )
@@ -66,6 +59,14 @@ def all_rows(cards: Mapping[str, dict]) -> str:
         f'<table id="rvl-results"><thead><tr>{heads}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
         '<script src="../_static/results.js"></script>'
     )
+
+
+def _row(name: str, card: Mapping, row: Mapping) -> str:
+    texts = (card["profile"], row["method"], row["dataset"], row["attack"], f"{row['eps_255']:g}", row["metric"])
+    chapter = f"{card_link(name, card['chapter'])} {STALE if is_stale(card) else ''}"
+    cells = [f'<td data-key="{escape(card["chapter"])}">{chapter}</td>', *(f"<td>{escape(text)}</td>" for text in texts)]
+    cells += [f'<td data-value="{row["value"]!r}">{value(row)}</td>', f"<td>{row['n']}</td>"]
+    return f"<tr>{''.join(cells)}</tr>"
 
 
 def value(row: Mapping) -> str:
