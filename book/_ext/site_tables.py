@@ -1,6 +1,6 @@
 """Tables of the site, made from the committed cards while the book is built: every function returns HTML for a page in book/."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 
 from robustvlm_lite import estimate
@@ -50,7 +50,7 @@ def committed_cards(cards: Mapping[str, dict]) -> Html:
 def all_rows(cards: Mapping[str, dict]) -> str:
     """Every row of every card as one table. It reads without JavaScript; results.js adds sorting and filters."""
     head = (*SEARCHED, "value (95 % interval)", "n")
-    body = [_row(name, card, row) for name, card in cards.items() for row in card["rows"]]
+    body = [row for name, card in cards.items() for row in _rows(name, card)]
     heads = "".join(
         f'<th scope="col"{" data-filter" if title in SEARCHED else ""}>{escape(title)}</th>' for title in head
     )
@@ -61,12 +61,13 @@ def all_rows(cards: Mapping[str, dict]) -> str:
     )
 
 
-def _row(name: str, card: Mapping, row: Mapping) -> str:
-    texts = (card["profile"], row["method"], row["dataset"], row["attack"], f"{row['eps_255']:g}", row["metric"])
-    chapter = f"{card_link(name, card['chapter'])} {STALE if is_stale(card) else ''}"
-    cells = [f'<td data-key="{escape(card["chapter"])}">{chapter}</td>', *(f"<td>{escape(text)}</td>" for text in texts)]
-    cells += [f'<td data-value="{row["value"]!r}">{value(row)}</td>', f"<td>{row['n']}</td>"]
-    return f"<tr>{''.join(cells)}</tr>"
+def _rows(name: str, card: Mapping) -> Iterator[str]:
+    chapter, stale = card["chapter"], STALE if is_stale(card) else ""
+    first = f'<td data-key="{escape(chapter)}">{card_link(name, chapter)} {stale}</td>'
+    for row in card["rows"]:
+        texts = (card["profile"], row["method"], row["dataset"], row["attack"], f"{row['eps_255']:g}", row["metric"])
+        cells = "".join(f"<td>{escape(text)}</td>" for text in texts)
+        yield f'<tr>{first}{cells}<td data-value="{row["value"]!r}">{value(row)}</td><td>{row["n"]}</td></tr>'
 
 
 def value(row: Mapping) -> str:
@@ -265,5 +266,6 @@ def bibtex(citation: Mapping, repository: str) -> str:
     """A BibTeX entry of the book, from CITATION.cff."""
     authors = " and ".join("{" + author["name"] + "}" for author in citation["authors"])
     fields = {"author": authors, "title": "{" + citation["title"] + "}", "version": citation["version"], "url": repository}
+    fields |= {name: citation[name] for name in ("doi",) if name in citation}
     lines = ",\n".join(f"  {name} = {{{text}}}" for name, text in fields.items())
     return f"<pre>@software{{robustvlm_lite,\n{escape(lines)}\n}}</pre>"

@@ -22,7 +22,10 @@ CHROMIUM_FLAGS = (
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory) -> Path:
-    """Folder of the HTML, built with warnings as errors. A fresh folder: an old `_build` can hide a warning."""
+    """Folder of the HTML: ROBUSTVLM_SITE, or built here with warnings as errors, in a fresh folder, because an old one can
+    hide a warning."""
+    if built := os.environ.get("ROBUSTVLM_SITE"):
+        return (ROOT / built).resolve()
     if not any((ROOT / "notebooks").glob("[0-9]*.py")):
         pytest.skip("no chapter under notebooks/ yet")
     out = tmp_path_factory.mktemp("book")
