@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 REQUIRED = os.environ.get("ROBUSTVLM_REQUIRE_BROWSER") == "1"
 INSTALL = "apt-get install -y chromium"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")  # one engine under three names
 CHROMIUM_FLAGS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run "
     "--disable-background-networking --disable-component-update --disable-sync"
@@ -59,8 +60,8 @@ def address(site):
 
 @pytest.fixture(scope="session")
 def browser(site):
-    """Debian's Chromium under Playwright. It comes after `site`, so that no browser idles while the book builds."""
-    chromium = shutil.which("chromium")
+    """The system's Chromium under Playwright. It comes after `site`, so that no browser idles while the book builds."""
+    chromium = next(filter(None, map(shutil.which, BROWSERS)), None)
     if not chromium:
         message = f"no chromium on this machine; install it with: {INSTALL}"
         pytest.fail(message) if REQUIRED else pytest.skip(message)
