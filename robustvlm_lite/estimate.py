@@ -147,7 +147,7 @@ def _curves(card: Mapping) -> set[tuple]:
 def _is_run(method: str, card: Mapping, there: Mapping) -> bool:
     """A model that is not bundled has no bundled defenses: what is not trained for it is not there."""
     trainable = {row["method"] for row in card["rows"] if row["metric"] == "train_s"}
-    bundled = asset("clip", f"{there['model']}.safetensors").exists()
+    bundled = asset("clip", f"{there.get('model', '')}.safetensors").exists()
     return bundled or method not in trainable or method in there.get("train_live", trainable)
 
 
@@ -176,10 +176,12 @@ def _images_factor(dataset: str, here: Mapping, there: Mapping) -> float:
         if name in names and field in _places(there):
             i, others = names.index(name), _places(there)[field]
             stands_for = others[i:] if i == len(names) - 1 else others[i : i + 1]
-            wanted = [images(there, place) for place in stands_for]
-            if not all([*wanted, images(here, places[i])]):
+            own, wanted = images(here, places[i]), [images(there, place) for place in stands_for]
+            if wanted == [own]:
+                return 1.0
+            if not all([own, *wanted]):
                 raise UserError(f"expected a number of images for every data set of {field}, got 0, which takes all of them")
-            return sum(wanted) / images(here, places[i])
+            return sum(wanted) / own
     return 1.0
 
 
@@ -240,8 +242,16 @@ class Estimate:
 
 def estimate(card: Mapping, to: str = "paper") -> Estimate:
     """The cost of the chapter of `card` under the profile `to`. Raises UserError for a backbone without a closed form."""
-    model = profile(card["chapter"], to).model
+    model = backbone(card["chapter"], to)
     return Estimate(card["chapter"], to, model, carried(card, to), training(card, to), tower(model).image)
+
+
+def backbone(chapter: str, to: str = "paper") -> str:
+    """The CLIP of a profile. Raises UserError where it has none."""
+    model = getattr(profile(chapter, to), "model", "")
+    if not model:
+        raise UserError(f"expected a CLIP under model in the profile {to} of {chapter}, got none; it has no estimate")
+    return model
 
 
 def nearest(cards: Mapping[str, dict], chapter: str) -> dict | None:

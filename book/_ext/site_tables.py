@@ -8,7 +8,7 @@ from robustvlm_lite.book.markup import Html, table
 from robustvlm_lite.book.tables import badge, command_line
 from robustvlm_lite.cards import VERDICTS, is_stale
 from robustvlm_lite.records import ACCURACIES
-from robustvlm_lite.runtime import PROFILES, UserError, chapters, profile
+from robustvlm_lite.runtime import PROFILES, UserError, chapters
 from robustvlm_lite.verdicts import Verdict, book_verdicts
 
 STALE = '<span class="stale" title="the package or the chapter has changed since; run it again">stale</span>'
@@ -204,7 +204,7 @@ def carried_check(cards: Mapping[str, dict]) -> str:
 def _paper_tower(chapter: str) -> str:
     """The backbone of the chapter's paper profile where its arithmetic is known, else empty."""
     try:
-        model = profile(chapter, "paper").model
+        model = estimate.backbone(chapter)
         estimate.tower(model)
     except UserError:
         return ""
