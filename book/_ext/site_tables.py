@@ -44,7 +44,7 @@ def committed_cards(cards: Mapping[str, dict]) -> Html:
             }
         )
     told = "stale: package or chapter have changed since the run; its numbers are those of the commit named."
-    return table(lines, caption=f"The committed cards. {told}")
+    return table(lines, caption=f"The committed cards. {told}", kind="cards")
 
 
 def all_rows(cards: Mapping[str, dict]) -> str:
