@@ -158,45 +158,18 @@ def _data_prepare(args) -> int:
 
 
 def _claims(args) -> int:
-    from .cards import load_card
-    from .claims import load_claims
-    from .runtime import PACKAGE, PROFILES
+    from .cards import committed, shelf
+    from .verdicts import book_verdicts, contradictions
 
-    cards = {path: load_card(path) for path in sorted((PACKAGE.parent / "book" / "cards").glob("*/card.json"))}
-    for claim in load_claims():
-        best = (False, -1, "not_tested", "no card yet")  # a verdict before none, then the largest profile
-        for path, card in cards.items():
-            for decided in card["claims"]:
-                if decided["id"] == claim["id"] and card["chapter"] == claim["chapter"]:
-                    verdict = decided["verdict"]
-                    rank = (verdict != "not_tested", PROFILES.index(card["profile"]), verdict)
-                    best = max(best, (*rank, str(path.relative_to(PACKAGE.parent))))
-        print(f"{claim['id']}  {best[2]}  ({best[3]})\n    {claim['statement']} [{claim['where']}]")
+    cards = committed()
+    for v in book_verdicts(cards):
+        source = f"book/cards/{v.card}/card.json{', stale' if v.stale else ''}" if v.card else v.why
+        print(f"{v.claim['id']}  {v.verdict}  ({source})\n    {v.claim['statement']} [{v.claim['where']}]")
     if not args.check:
         return 0
-    problems = [problem for path, card in cards.items() for problem in _contradictions(path, card)]
+    problems = [problem for name in cards for problem in contradictions(shelf() / name)]
     print("\n".join(problems) or f"{len(cards)} cards: every verdict and accuracy follows from the examples")
     return 1 if problems else 0
-
-
-def _contradictions(path: Path, card: dict) -> list[str]:
-    """Where a card says something else than its examples give, one line each."""
-    from .cards import load_examples, recompute
-    from .claims import decide, load_claims
-
-    written = {claim["id"]: claim["verdict"] for claim in card["claims"]}
-    decided = decide(load_claims(chapter=card["chapter"]), card, load_examples(path))
-    found = [
-        f"{path}: {claim['id']} says {written.get(claim['id'], 'nothing')}, its examples give {claim['verdict']}"
-        for claim in decided
-        if written.get(claim["id"]) != claim["verdict"]
-    ]
-    rows = {(r["method"], r["dataset"], r["attack"], r["eps_255"], r["metric"]): r["value"] for r in card["rows"]}
-    for row in recompute(path):
-        key = (row["method"], row["dataset"], row["attack"], row["eps_255"], row["metric"])
-        if rows[key] != row["value"]:
-            found.append(f"{path}: {' '.join(map(str, key))} says {rows[key]}, its examples give {row['value']}")
-    return found
 
 
 def _doctor(args) -> int:

@@ -11,12 +11,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .. import attention, defenses, evaluate
-from ..cards import load_card
+from ..cards import load_card, shelf
 from ..clip import ZeroShotCLIP
 from ..data import ImageSet
 from ..defenses import Defense, Training
+from ..evaluate import PassCounter
 from ..records import Row
-from ..runtime import PACKAGE, UserError
+from ..runtime import UserError
 from ..stats import bootstrap_mean, paired_bootstrap
 
 
@@ -87,17 +88,21 @@ def training_cost(run, names: Sequence[str], train_sets: Sequence[ImageSet], att
     """Seconds of a training step, all methods one after the other on this machine, as card rows of metric train_s.
 
     On half a batch, to be quick. The first step, which warms up, does not count: n is steps - 1, and the interval is of
-    their mean. Nothing of this training is kept.
+    their mean. The passes of a row are those of one step, through the model in training and the frozen one. Nothing of
+    this training is kept.
     """
     plan, clip, rows = replace(training(run), steps=steps), run.load_clip(), []
     batch = train_sets[0].take(range(min(plan.batch // 2, len(train_sets[0]))))
     for name in names:
         defense = defenses.build(name, clip, **run.sizes.tga)
-        defense.fit(batch, attack=attack, training=plan, seed=run.seed, progress=False)
+        with PassCounter(defense.clip.visual.conv1) as own, PassCounter(clip.visual.conv1) as frozen:
+            defense.fit(batch, attack=attack, training=plan, seed=run.seed, progress=False)
+        passes = {"image_forwards": own.forwards + frozen.forwards, "image_backwards": own.backwards + frozen.backwards}
         seconds, extra = np.array(defense.step_seconds[1:]), {"seed": run.seed, "batch": len(batch)}
         place = {"method": name, "dataset": batch.name, "attack": "none", "eps_255": run.sizes.eps_train}
         rows.append(Row(**place, metric="train_s", n=len(seconds), value=seconds.mean().item(),
-                        ci95=bootstrap_mean(seconds), extra=extra))  # fmt: skip
+                        ci95=bootstrap_mean(seconds), extra=extra,
+                        **{key: count // steps for key, count in passes.items()}))  # fmt: skip
     run.card.add(rows)
     return rows
 
@@ -150,7 +155,7 @@ def measure_maps(
 
 def committed_card(chapter: str, profile: str) -> dict | None:
     """The card of a chapter that the book ships for this profile, or None."""
-    path = PACKAGE.parent / "book" / "cards" / f"{chapter}-{profile}"
+    path = shelf() / f"{chapter}-{profile}"
     return load_card(path) if (path / "card.json").exists() else None
 
 

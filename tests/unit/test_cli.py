@@ -16,6 +16,7 @@ from robustvlm_lite import claims, cli, doctor, runtime
 from robustvlm_lite import clip as clip_room
 from robustvlm_lite.cards import Card, comparable, load_card, load_examples
 from robustvlm_lite.records import Cell, Row, records_table
+from robustvlm_lite.stats import wilson
 
 COMMANDS = (["list"], ["run"], ["data", "list"], ["data", "prepare"], ["evaluate"], ["claims"], ["doctor"])
 
@@ -103,7 +104,7 @@ def committed(checkout, monkeypatch):
     cell = {"method": "CLIP", "dataset": "toy/gray", "attack": "pgd-20", "eps_255": 1.0}
     records = Cell(records_table(n=4, **cell, **facts), 0.0, 4, 4).records
     card = Card(CHAPTER, "tiny", 0, {"eps_255": 1.0}, device="cpu")
-    card.add(Row(**cell, metric="robust_acc", n=4, value=0.5, ci95=(0.15, 0.85), extra={"seed": 0}, records=records))
+    card.add(Row(**cell, metric="robust_acc", n=4, value=0.5, ci95=wilson(2, 4), extra={"seed": 0}, records=records))
     for decided in claims.decide(claims.load_claims(), card.as_dict(), card.examples):
         card.claim(**decided)
     card.write(folder)
@@ -127,7 +128,7 @@ def test_claims_check_finds_a_typed_verdict_and_a_typed_number(committed, capsys
     assert cli.main(["claims", "--check"]) == 1
     shown = capsys.readouterr().out
     assert "TOY-1 says partly, its examples give reproduced" in shown
-    assert "robust_acc says 0.6, its examples give 0.5" in shown
+    assert "robust_acc says 0.6 [" in shown and "its examples give 0.5 [" in shown
 
 
 def test_claims_without_a_card_are_not_tested(committed, capsys):

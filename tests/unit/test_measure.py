@@ -85,6 +85,8 @@ def test_training_cost_times_every_method_and_keeps_nothing(random_clip, tmp_pat
     rows = book.training_cost(run, ["FT-clean", "TeCoA"], [photos()], ATTACK, steps=3)
     assert [(r.method, r.metric, r.n) for r in rows] == [("FT-clean", "train_s", 2), ("TeCoA", "train_s", 2)]
     assert all(r.ci95[0] <= r.value <= r.ci95[1] and r.value > 0 for r in rows)
+    # Two images a step. The last iterate of a two-step attack takes two passes each way, the training step one more.
+    assert [(r.image_forwards, r.image_backwards) for r in rows] == [(2, 2), (6, 6)]
     assert all(torch.equal(v, before[k]) for k, v in random_clip.state_dict().items())
     assert len(run.card.as_dict()["rows"]) == 2 and not any(tmp_path.iterdir())
 
