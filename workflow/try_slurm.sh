@@ -45,21 +45,26 @@ SelectTypeParameters=CR_Core
 MpiDefault=none
 ReturnToService=2
 MinJobAge=3600
-NodeName=$host CPUs=$(nproc) State=UNKNOWN
+NodeName=$host CPUs=$(nproc) RealMemory=$(awk '/^MemTotal/ {print int($2 / 1024)}' /proc/meminfo) State=UNKNOWN
 PartitionName=work Nodes=$host Default=YES MaxTime=INFINITE State=UP
 CONF
 export SLURM_CONF=$home/slurm.conf
+# The plug-in takes SLURM_CONF away from its jobs, which would then look in /etc.
+mkdir "$home/bin"
+printf '#!/bin/bash\nSLURM_CONF=%q exec %q "$@"\n' "$SLURM_CONF" "$(command -v srun)" > "$home/bin/srun"
+chmod +x "$home/bin/srun"
+export PATH=$home/bin:$PATH
 
 head -c 1024 /dev/urandom > "$home/munge.key"
 chmod 600 "$home/munge.key"
 munged --foreground --force --key-file="$home/munge.key" --socket="$home/munge.socket" --pid-file="$home/munge.pid" \
-  --seed-file="$home/munge.seed" --log-file="$home/log/munge.log" &
+  --seed-file="$home/munge.seed" --log-file="$home/log/munge.log" > /dev/null 2>&1 &
 started+=($!)
 sleep 1
-slurmctld -D &
-started+=($!)
-slurmd -D &
-started+=($!)
+for daemon in slurmctld slurmd; do
+  $daemon -D > /dev/null 2>&1 &  # both write their own log
+  started+=($!)
+done
 for _ in $(seq 60); do
   [ "$(sinfo --noheader --format=%t 2>/dev/null)" = idle ] && break
   sleep 1

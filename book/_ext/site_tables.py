@@ -152,12 +152,12 @@ def estimates(cards: Mapping[str, dict]) -> Html:
             if card is None:
                 raise UserError("no card to carry over yet")
             found = estimate.estimate(card)
-            line |= {"backbone": found.model, "from": f"the card of {card['profile']}"}
-            line |= {"images forward": _big(found.evaluation.forwards), "backward": _big(found.evaluation.backwards)}
             line |= {"evaluation": _hours(found.evaluation_hours)}
             line |= {"training": _hours(found.training_hours) if found.training else "not counted"}
+            line |= {"backbone": found.model, "from": f"the card of {card['profile']}"}
+            line |= {"images forward": _big(found.evaluation.forwards), "backward": _big(found.evaluation.backwards)}
         except UserError as reason:
-            line |= {"backbone": str(reason)}
+            line |= {"evaluation": f"none: {reason}"}
         lines.append(line)
     speed = f"{estimate.SUSTAINED / 1e12:g} TFLOP/s"
     return table(lines, caption=f"One run of each chapter's profile paper, one seed, on a GPU that keeps up {speed}.")
