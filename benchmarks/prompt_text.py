@@ -115,8 +115,9 @@ def main() -> None:
     differences = [((z - logits[-1]).abs().max() / logits[-1].abs().max()).item() for z in logits]
     rounds = [{name: seconds(way.step) for name, way in ways.items()} for _ in range(args.rounds)]
     words = ways["ours"].model.words
-    print(f"text side of a tuning step: {args.model}, {args.images} images, {len(names)} classes, {words.ids.shape[1]} tokens,", end=" ")
-    print(f"{words.shared} of them shared, context {clip.model.context_length}, {torch.get_num_threads()} threads")
+    print(f"text side of a tuning step: {args.model}, {args.images} images, {len(names)} classes,", end=" ")
+    print(f"{words.ids.shape[1]} tokens of {clip.model.context_length}, the first {words.shared} shared,", end=" ")
+    print(f"{torch.get_num_threads()} threads, seconds are medians of {args.rounds} rounds")
     print(f"{'':30}{'s/image':>10}{'ratio':>8}{'difference':>12}")
     for name, difference in zip(ways, differences, strict=True):
         ratio = statistics.median(r[name] / r["ours"] for r in rounds)

@@ -38,9 +38,7 @@ def image_tail(visual: nn.Module, x: Tensor, prompts: Sequence[Tensor]) -> Tail:
     return split_block(last, tokens, cls, (positions > 0) & (positions < n_content))
 
 
-def image_trace(
-    visual: nn.Module, x: Tensor, prompts: Sequence[Tensor], chosen: Sequence[int]
-) -> tuple[Tensor, Trace]:
+def image_trace(visual: nn.Module, x: Tensor, prompts: Sequence[Tensor], chosen: Sequence[int]) -> tuple[Tensor, Trace]:
     """CLS [B, W] after the last block, and the trace of the blocks with numbers `chosen`, in the tower's order."""
     trace, tokens = Trace([], []), _enter(visual, x, prompts)
     for i, block in enumerate(visual.transformer.resblocks):

@@ -82,19 +82,12 @@ class PromptLearner(nn.Module):
         for name, shape in shapes.items():
             used = name in FREE[spec.coupling] and 0 not in shape
             self.register_parameter(name, nn.Parameter(embedding.new_empty(shape)) if used else None)
-        maps = {"to_vision": (text, vision, 0), "to_text": (vision, text, 0)}
-        if spec.coupling == "text2vision":
-            maps["to_vision"] = (text, vision, spec.depth_text)
-        elif spec.coupling == "vision2text":
-            maps["to_text"] = (vision, text, spec.depth_text)
-        elif spec.coupling == "fap":
-            maps = {"to_vision": (text, vision, 1), "to_text": (vision, text, spec.depth_text - 1)}
-        for name, (width_in, width_out, n) in maps.items():
-            linear = [
-                nn.utils.skip_init(nn.Linear, width_in, width_out, device=embedding.device, dtype=embedding.dtype)
-                for _ in range(min(n, 1) if spec.share_projection else n)
-            ]
-            self.add_module(name, nn.ModuleList(linear))
+        depth = spec.depth_text  # coupled prompts are equally deep in both towers
+        to_vision, to_text = {"text2vision": (depth, 0), "vision2text": (0, depth), "fap": (1, depth - 1)}.get(
+            spec.coupling, (0, 0)
+        )
+        self.to_vision = _linear(min(to_vision, 1) if spec.share_projection else to_vision, text, vision, embedding)
+        self.to_text = _linear(min(to_text, 1) if spec.share_projection else to_text, vision, text, embedding)
         ids = torch.tensor(context_ids(clip, spec)[: spec.n_text], dtype=torch.int64, device=embedding.device)
         self.register_buffer("origin", clip.model.token_embedding(ids).detach(), persistent=False)
         self.register_buffer("rim", _rim(self.image_size, spec.pixel_pad).to(embedding.device), persistent=False)
@@ -156,6 +149,12 @@ class PromptLearner(nn.Module):
             return None
         side = self.image_size
         return self.frame.new_zeros(3, side * side).index_copy(1, self.rim, self.frame).view(3, side, side)
+
+
+def _linear(n: int, width_in: int, width_out: int, like: Tensor) -> nn.ModuleList:
+    """n linear maps without values; `reset` gives them theirs, from its own generator."""
+    place = {"device": like.device, "dtype": like.dtype}
+    return nn.ModuleList(nn.utils.skip_init(nn.Linear, width_in, width_out, **place) for _ in range(n))
 
 
 def _through(maps: nn.ModuleList, prompts: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -68,9 +68,7 @@ class PromptedCLIP(nn.Module):
             raw = self.head_text(tail.o, tail.r)
         return F.normalize(raw.float() if precision else raw, dim=-1)
 
-    def image_features(
-        self, x: Tensor, prompts: Prompts | None = None, precision: torch.dtype | None = None
-    ) -> Tensor:
+    def image_features(self, x: Tensor, prompts: Prompts | None = None, precision: torch.dtype | None = None) -> Tensor:
         """Unit image features [B, D], in the graph of pixels and prompts."""
         prompts = self.learner() if prompts is None else prompts
         if not self.clip.is_vit:
@@ -89,7 +87,7 @@ class PromptedCLIP(nn.Module):
         prompts: Prompts | None = None,
         precision: torch.dtype | None = None,
     ) -> Tensor:
-        """Scaled cosines [B, C] of images with `text`, [C, D] or one a image [B, C, D]; encoded with the prompts if None."""
+        """Scaled cosines [B, C] of images with `text`, [C, D] or each image's own [B, C, D]; of the prompts if None."""
         prompts = self.learner() if prompts is None else prompts
         text = self.text_features(prompts) if text is None else text
         return self.compare(self.image_features(x, prompts, precision), text)
@@ -97,7 +95,9 @@ class PromptedCLIP(nn.Module):
     def compare(self, image_features: Tensor, text: Tensor) -> Tensor:
         """Logits of features that are at hand: image [B, D] or views [B, V, D], text [C, D] or [B, C, D] -> [B(, V), C]."""
         if text.ndim == 3 and len(text) != len(image_features):
-            raise UserError(f"expected the text of {len(image_features)} images, got that of {len(text)}; expand to the batch")
+            raise UserError(
+                f"expected the text of {len(image_features)} images, got that of {len(text)}; expand to the batch"
+            )
         if text.ndim == 3 and image_features.ndim == 2:
             return self.clip.logit_scale * (text @ image_features[:, :, None])[..., 0]
         return self.clip.logit_scale * image_features @ text.mT
@@ -118,7 +118,9 @@ class PromptedCLIP(nn.Module):
         """Unit image features [B, D], and what entered and mixed the `blocks` (from 0; -1 is the last), in their order."""
         prompts, n = self._for_tokens(prompts), len(self.clip.visual.transformer.resblocks)
         if not blocks or not all(-n <= b < n for b in blocks):
-            raise UserError(f"expected blocks of {self.clip.name} from 0 to {n - 1}, got {list(blocks)}; choose among them")
+            raise UserError(
+                f"expected blocks of {self.clip.name} from 0 to {n - 1}, got {list(blocks)}; choose among them"
+            )
         chosen = sorted({b % n for b in blocks})
         cls, trace = image_trace(self.clip.visual, self._pixels(x, prompts), prompts.vision, chosen)
         return F.normalize(transformer.project(self.clip.visual, cls), dim=-1), trace
@@ -135,7 +137,9 @@ class PromptedCLIP(nn.Module):
 
     def _for_tokens(self, prompts: Prompts | None) -> Prompts:
         if not self.clip.is_vit:
-            raise UserError(f"expected a vision transformer for image tokens, got {self.clip.name}; choose a ViT backbone")
+            raise UserError(
+                f"expected a vision transformer for image tokens, got {self.clip.name}; choose a ViT backbone"
+            )
         return self.learner() if prompts is None else prompts
 
     def _pixels(self, x: Tensor, prompts: Prompts) -> Tensor:

@@ -45,13 +45,15 @@ class PromptSpec:
         for name, low in (("n_text", 0), ("n_vision", 0), ("depth_text", 1), ("depth_vision", 1), ("pixel_pad", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                raise UserError(f"{name}: expected a whole number of at least {low}, got {value!r}; {name}={low} is none")
+                raise UserError(f"{name}: expected a whole number of at least {low}, got {value!r}; choose another")
         for name, known in (("coupling", COUPLINGS), ("class_position", POSITIONS), ("start", STARTS)):
             if getattr(self, name) not in known:
                 raise UserError(f"unknown {name} {getattr(self, name)!r}; {near_miss(str(getattr(self, name)), known)}")
         before = self.template.split("{}")[0]
         if self.template.count("{}") != 1 or "{" in self.template.replace("{}", "") or before[-1:].strip():
-            raise UserError(f"expected a template with one {{}}, first or after a space, got {self.template!r}; mend it")
+            raise UserError(
+                f"expected a template with one {{}}, first or after a space, got {self.template!r}; mend it"
+            )
         self._check_combination()
 
     def _check_combination(self) -> None:

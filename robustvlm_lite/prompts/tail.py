@@ -37,7 +37,7 @@ def split_block(block: nn.Module, x: Tensor, at: Tensor, content: Tensor, seen: 
     q = F.linear(h[rows, at], weights[0], biases[0])
     k, v = F.linear(h, weights[1], biases[1]).chunk(2, dim=-1)
     q_heads = q.view(n, attn.num_heads, 1, -1)
-    k_heads, v_heads = (t.view(n, length, attn.num_heads, -1).transpose(1, 2) for t in (k, v))  # [N, heads, L, W / heads]
+    k_heads, v_heads = (t.view(n, length, attn.num_heads, -1).transpose(1, 2) for t in (k, v))
     scores = (q_heads * q_heads.shape[-1] ** -0.5) @ k_heads.transpose(-1, -2)
     if seen is not None:
         scores = scores.masked_fill(~seen[:, None, None], -torch.inf)

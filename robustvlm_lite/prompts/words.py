@@ -40,13 +40,14 @@ def class_words(clip: ZeroShotCLIP, spec: PromptSpec, class_names: Sequence[str]
         raise UserError(f"expected a list of class names, got {class_names!r}; give each class a name")
     context, behind = context_ids(clip, spec), _sentence(spec)[1]
     cut = {"end": len(context), "middle": len(context) // 2, "front": 0}[spec.class_position]
-    rows, slots, encode = [], [], clip.tokenizer.encode
+    encode, start, stop = clip.tokenizer.encode, clip.tokenizer.sot_token_id, clip.tokenizer.eot_token_id
+    rows, slots = [], []
     for name in class_names:
         if spec.class_position == "end":  # name and what follows in one go, as the tokenizer reads a whole sentence
             named, rest = encode(name + behind), []
         else:
             named, rest = encode(name), encode(behind)
-        rows.append([clip.tokenizer.sot_token_id, *context[:cut], *named, *context[cut:], *rest, clip.tokenizer.eot_token_id])
+        rows.append([start, *context[:cut], *named, *context[cut:], *rest, stop])
         slots.append([1 + i + (len(named) if i >= cut else 0) for i in range(spec.n_text)])
         if len(rows[-1]) > clip.model.context_length:
             raise UserError(

@@ -216,7 +216,9 @@ WRONG_TOWERS = {
         2, 4, 2, 4, coupling="fap"
     ),
     "pixel_pad: expected less than half of the 32 pixels of toy-learner, got 16": PromptSpec(pixel_pad=16),
-    "expected at least n_text=5 tokens to start from before the class name, got 4 in 'a photo of a '": PromptSpec(n_text=5),
+    "expected at least n_text=5 tokens to start from before the class name, got 4 in 'a photo of a '": PromptSpec(
+        n_text=5
+    ),
     "expected at least n_text=2 tokens to start from before the class name, got 0 in ''": PromptSpec(
         n_text=2, template="{} texture."
     ),
@@ -246,15 +248,21 @@ def test_wrong_classes_images_and_towers_are_refused(clip, resnet):
         "expected at most 20 tokens, start and end included, got 27 for class 'dog dog": lambda: PromptedCLIP(
             clip, plain, ("cat", "dog " * 20)
         ),
-        "expected the 4 classes of the class-specific contexts, got 2 others": lambda: PromptedCLIP(clip, specific, NAMES[:2]),
+        "expected the 4 classes of the class-specific contexts, got 2 others": lambda: PromptedCLIP(
+            clip, specific, NAMES[:2]
+        ),
         "expected a vision transformer for visual prompts, got toy-learner-rn": lambda: PromptLearner(
             resnet, PromptSpec(n_vision=2)
         ),
-        "expected a vision transformer for image tokens, got toy-learner-rn": lambda: on_resnet.image_tail(images(1, 64)),
+        "expected a vision transformer for image tokens, got toy-learner-rn": lambda: on_resnet.image_tail(
+            images(1, 64)
+        ),
         "expected images of 32x32 pixels for toy-learner, got 64x64": lambda: model(images(1, 64)),
         "expected blocks of toy-learner from 0 to 3, got [4]": lambda: model.image_trace(images(1), [4]),
         "expected blocks of toy-learner from 0 to 3, got []": lambda: model.image_trace(images(1), []),
-        "expected the text of 3 images, got that of 2": lambda: model.logits(images(3), prompts=model.learner.expand(2)),
+        "expected the text of 3 images, got that of 2": lambda: model.logits(
+            images(3), prompts=model.learner.expand(2)
+        ),
         "expected a batch of at least 1 image, got 0": lambda: model.learner.expand(0),
     }
     for line, make in cases.items():

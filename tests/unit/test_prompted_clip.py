@@ -140,7 +140,7 @@ def test_views_are_compared_with_the_text_of_their_image(clip):
 
 @torch.no_grad()
 def test_shared_leading_tokens_are_exact_and_counted(clip):
-    """"a photo of a wild dog." and "a photo of a wild cat." share start, context and "wild"; a single class all but its end."""
+    """ "a photo of a wild dog." and "a photo of a wild cat." share start, context and "wild"; a single class all but its end."""
     for names, shared in ((("wild dog", "wild cat"), 6), (("cat", "dog"), 5), (("cat",), 7), (("cat", "cat"), 7)):
         model = prompted(clip, SPECS["TPT"], names)
         assert model.words.shared == shared
