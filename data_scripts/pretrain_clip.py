@@ -45,7 +45,7 @@ class Recipe:
     sizes: tuple = ((32, 0.36), (48, 0.34), (64, 0.30))
     lr_muon: float = 0.015  # block matrices
     lr_adamw: float = 0.002  # the rest
-    # What was tried, and why 0.05 although a short trial prefers more: robustvlm_lite/assets/clip/trials.yml, chapter 10.
+    # What was tried, and why 0.05 although a short trial prefers more: robustvlm_lite/assets/clip/notes.yml, chapter 10.
     weight_decay_muon: float = 0.05
     weight_decay: float = 0.05
     warmup: int = 80

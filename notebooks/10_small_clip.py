@@ -29,7 +29,7 @@
 # | Took | {glue:text}`minutes:.0f` minutes on {glue:text}`machine`, {glue:text}`images-seen:.1f` million images seen |
 # | Stands in for | OpenAI's CLIP, which cannot be fetched everywhere; `paper` profiles take that one |
 # | Does not know | what no caption named: it has read a few hundred class names, and no web page |
-# | Found on this page | of {glue:text}`n-broken` photographs of {glue:text}`first-name` it names {glue:text}`clean-first:.0f` percent, and {glue:text}`left-first:.0f` percent under an attack of ε = {glue:text}`eps`/255; a few steps of adversarial fine-tuning raise that to {glue:text}`left-TeCoA:.0f` |
+# | Found on this page | of {glue:text}`n-broken` photographs of {glue:text}`first-name` it names {glue:text}`clean-first:.1f` percent, and {glue:text}`left-first:.1f` percent under an attack of ε = {glue:text}`eps`/255; a few steps of adversarial fine-tuning raise that to {glue:text}`left-TeCoA:.1f` |
 
 # %% tags=["parameters"]
 profile: str = "tiny"  # "tiny": laptop, 2 minutes | "small": every image pack | "paper": OpenAI's CLIP, GPU
@@ -84,8 +84,9 @@ recipe = nano["recipe"]
 # able to write the loss, the optimizer and the averaging that made the bundled model, to read its card, and to train your
 # own. Reading takes about 30 minutes.
 #
-# Two kinds of numbers stand on this page. Those of a *card* were measured once, when the model was made, on whole test
-# splits. All others come from this run, on the images that its profile names.
+# Three kinds of numbers stand on this page. Those of a model's *card* were measured once, when it was made, on whole test
+# splits. *Notes* of trials say why a setting was chosen. All others come from this run, on the images that its profile
+# names.
 #
 # ## See it first: what it read
 #
@@ -95,8 +96,10 @@ recipe = nano["recipe"]
 
 # %%
 photos = data.load("photos/caltech", "train")
-drawn = scenes.sample(9, generator(seed, "sheet", "scenes"))
-told = [drawn.captions(i)[-1 - i % 4] for i in range(9)]  # the last is the finest
+drawn = scenes.sample(60, generator(seed, "sheet", "scenes"))
+several, sketch = drawn.count > 1, drawn.style == scenes.STYLES.index("sketch")
+nine = [i for kind, k in ((several, 4), (~several & ~sketch, 3), (sketch, 2)) for i in kind.nonzero()[:k, 0].tolist()]
+told = [drawn.captions(i)[-1 - k % 3] for k, i in enumerate(nine)]  # the last caption is the finest
 
 
 def sheet(images, n=9):
@@ -108,7 +111,7 @@ def sheet(images, n=9):
 
 
 # %%
-figs = [plots.captioned(*sheet(photos), title="photographs"), plots.captioned(drawn.images / 255, told, title="scenes")]
+figs = [plots.captioned(*sheet(photos), title="photographs"), plots.captioned(drawn.images[nine] / 255, told, title="scenes")]
 if data_root:  # one training image of every pack
     packs = [sheet(data.load(f"small/{name}", "train", data_root=data_root, n=1), 1) for name in nano["validation_curve"][0]["validation"]]
     figs.append(plots.captioned(torch.cat([x for x, _ in packs]), [text for _, (text,) in packs], title="one of each pack"))
@@ -143,8 +146,8 @@ book.show(figs, "sheet", alt="Sheets of small training pictures, each with its c
 #
 # $$L_{\text{batch}} = -\frac{1}{2B}\sum_i \Big[\log\frac{e^{s f_i\cdot t_i}}{\sum_j e^{s f_i \cdot t_j}} + \log\frac{e^{s f_i\cdot t_i}}{\sum_j e^{s f_j\cdot t_i}}\Big]$$
 #
-# That suits the web, where two captions are hardly ever the same. With captions from class names they repeat, and a
-# repeated caption is right and counted as wrong: a *false negative*.
+# That suits the web, where two captions hardly ever say the same. Captions from class names repeat, in these words or
+# those, and a repeated caption is right and counted as wrong: a *false negative*.
 
 
 # %%
@@ -212,8 +215,8 @@ assert not torch.equal(pull(moved)[4:], pull(text)[4:])
 # A set can be large, and captions cost time. The script encodes those that occur in the batch and a random share of the
 # others, all in the same step.
 #
-# Captions of the ten held-out pairs are left out even as wrong answers: as such they would be
-# pushed away from every scene, and no test of composition could be passed.
+# Captions of the ten held-out pairs are left out even as wrong answers. As such they would be pushed away from every
+# scene, and a test of composition would measure that.
 #
 # ## Short tokens first
 #
@@ -288,8 +291,8 @@ lines = [{"image side": side, "tokens": 1 + (side // 8) ** 2, "ms a step": 1000 
 book.table(lines, caption=f"Forward and backward of a batch of {3 * n_each} images with their captions, this machine, mean of {timed[0].n} rounds.", card_link=True)  # fmt: skip
 
 # %% [markdown]
-# The largest side costs {glue:text}`side-ratio:.1f` times the smallest. The captions cost the same at every side, which is
-# why the ratio is not that of the tokens. With the recipe's shares a mean step costs {glue:text}`schedule:.2f` of one at
+# The largest side costs {glue:text}`side-ratio:.1f` times the smallest. The captions cost the same at every side, one
+# reason why the ratio is not that of the tokens. With the recipe's shares a mean step costs {glue:text}`schedule:.2f` of one at
 # the full side.
 #
 # ## Muon
@@ -303,7 +306,7 @@ book.table(lines, caption=f"Forward and backward of a batch of {3 * n_each} imag
 # orthogonal update moves along all of them equally far.
 #
 # No decomposition is needed. The iteration below changes each singular value by one polynomial, and leaves $U$ and $V$.
-# Its coefficients are the authors': after five rounds values lie near one, not at it.
+# Its coefficients are the authors'. After five rounds the values of an ordinary matrix lie near one, not at it.
 
 
 # %%
@@ -322,21 +325,22 @@ step_loss(fresh, *sides[smallest]).backward()
 gradient = fresh.visual.transformer.resblocks[0].mlp.c_proj.weight.grad.float().cpu()  # [128, 512]
 before, after = torch.linalg.svdvals(gradient), torch.linalg.svdvals(orthogonalize(gradient))
 u, _, vh = torch.linalg.svd(gradient, full_matrices=False)
-loud = before > 0.05 * before[0]
-assert after[loud].min() > 0.5 and after.max() < 1.35, "near one, where there was anything"
 same((orthogonalize(gradient) * (u @ vh)).sum(), after.sum(), rtol=1e-3, atol=1e-3)  # along the same directions
+ordinary = torch.linalg.svdvals(orthogonalize(torch.randn(gradient.shape, generator=generator(seed, "ordinary"))))
+assert ordinary.min() > 0.5 and ordinary.max() < 1.35, "near one"
 
 # %%
 energy = (before[:8].square().sum() / before.square().sum()).item()
 book.glue("energy", 100 * energy)
-curves = {"gradient": before / before[0], "orthogonalized": after}
+book.glue("lift", (after / after[0] / (before / before[0])).median())
+curves = {"gradient": before / before[0], "orthogonalized": after, "random, orthog.": ordinary}
 book.show(plots.convergence(curves, quantity="singular value", steps="rank"), "muon",
-          alt="Singular values by rank: those of a gradient fall steeply from one, those of its orthogonalized form stay near one",
-          caption=f"Singular values of one matrix's gradient in the first step, as shares of the largest, and after five rounds. The first eight of {len(before)} hold {100 * energy:.0f} % of the squared length.")  # fmt: skip
+          alt="Singular values by rank: those of a gradient fall at once, those of its orthogonalized form slowly, those of an orthogonalized random matrix stay near one",
+          caption=f"Singular values of one matrix's gradient in the first step, as shares of the largest, and after five rounds; for comparison those of a random matrix after five rounds. The first eight of {len(before)} hold {100 * energy:.1f} % of the squared length.")  # fmt: skip
 
 # %% [markdown]
-# The first eight directions hold {glue:text}`energy:.0f` percent of this gradient's squared length. After five rounds the
-# curve is nearly flat.
+# The first eight directions hold {glue:text}`energy:.1f` percent of this gradient's squared length. Five rounds do not
+# flatten so steep a curve, but they lift a middling direction against the first {glue:text}`lift:.0f`-fold.
 #
 # In the step below, the query, key and value parts of a block's input matrix are separate matrices, because that is what
 # they are. Everything else (embeddings, norms, the logit scale) stays with AdamW.
@@ -465,8 +469,8 @@ book.making_table(cards)
 # %% [markdown]
 # `nano` saw each training photograph about {glue:text}`passes:.0f` times, and no scene twice.
 #
-# The curves are accuracies on the training rows that were held back, with one template and the moving average. No test image
-# was looked at before the end.
+# The curves are accuracies on the training rows that were held back, with one template and the moving average. No test
+# image enters them.
 
 # %%
 learned = {name: book.learning_curves(card) for name, card in cards.items()}
@@ -500,16 +504,17 @@ book.glue("end-mean", 100 * mean[-1])
 #
 # ### What was tried
 #
-# These are the notes of the trials that decided the settings above. They have one seed and no card. Read them as the
-# reason for a choice, not as a result.
+# These are the notes of the trials that decided the settings above (`robustvlm_lite/assets/clip/notes.yml`). They have one
+# seed and no card. Read them as the reason for a choice, not as a result.
 
 # %%
-for tried in book.trials_tables():
+for tried in book.notes_tables("tried"):
     display(tried)
 
 # %% [markdown]
-# Two things to take from them. Muon gained most, at fewer images. And short trials mislead: the weight decay that won the
-# short run lost the long one, because a strong decay helps early and caps what the weights can hold later.
+# Three things to take from them. Muon gained most, at fewer images. Short trials mislead: the weight decay that won the
+# short run lost the long one. And the first table was read on test images, which no choice should be; it decided the
+# optimizer and the sides, and what came after was judged on rows that were held back.
 #
 # ## What it knows
 #
@@ -577,11 +582,11 @@ def weakest(images, given, most=5):
     """The classes with the fewest right answers."""
     lines = []
     for c in images.labels.unique().tolist():
-        mine = given[images.labels == c]
-        right, (common, times) = int((mine == c).sum()), Counter(mine.tolist()).most_common(1)[0]
+        mine = given[images.labels == c].tolist()
+        right, wrong = mine.count(c), Counter(a for a in mine if a != c).most_common(1)
         low, high = stats.wilson(right, len(mine))
         lines.append({"class": images.class_names[c], "images": len(mine), "right": right, "95 % interval": f"{100 * low:.0f} to {100 * high:.0f} %",
-                      "most frequent answer": f"{images.class_names[common]} ({times})"})  # fmt: skip
+                      "most often taken for": "".join(f"{images.class_names[a]} ({times})" for a, times in wrong) or None})  # fmt: skip
     return sorted(lines, key=lambda line: line["right"] / line["images"])[:most]
 
 
@@ -646,8 +651,8 @@ book.glue("chance-first", 100 / len(numbers))
 book.paired_table(prompted, prompted[0], caption=f"{first.name}: what the text side says.")
 
 # %% [markdown]
-# With numbers in place of names {glue:text}`numbers-left:.0f` percent are right, where guessing gives
-# {glue:text}`chance-first:.0f`. The bare name keeps {glue:text}`bare-way` the ensemble of the set's templates.
+# With numbers in place of names {glue:text}`numbers-left:.1f` percent are right, where guessing gives
+# {glue:text}`chance-first:.1f`. The bare name keeps {glue:text}`bare-way` the ensemble of the set's templates.
 #
 # Words also have to compose. The ten held-out pairs of color and shape compete with all others below.
 
@@ -682,11 +687,11 @@ book.overlap_table(cards)
 # Projected gradient descent (PGD) {cite}`madry2018pgd` in pixels, on the first images of each set.
 
 # %%
-hit, undefended, cut = attacks.get_attack(sizes.pgd), Defense(clip), sizes.attacked
+hit, undefended, cut = attacks.get_attack(sizes.pgd), Defense(clip), n or sizes.attacked
 pairs = next(images for images in composed if images.name == "scenes/pair")
 targets = [replace(s.take(range(min(cut, len(s)))), name=f"{s.name}[:{cut}]") for s in (*sets, pairs)]
-budgets = sorted({*sizes.eps_grid, *sizes.eps_shown, eps_255})
-grid = [(hit, ThreatModel(eps)) for eps in budgets]
+shown = sorted({sizes.eps_weaker, eps_255})
+grid = [(hit, ThreatModel(eps)) for eps in sorted({*sizes.eps_grid, *shown})]
 broken = {images.name: book.measure(run, undefended, images, grid) for images in targets}
 
 # %%
@@ -695,8 +700,7 @@ book.show(figs, "fragile", alt="Accuracy falling to zero as the budget of the at
           caption=f"Accuracy under {hit.label} against ε, 95 % intervals.")  # fmt: skip
 
 # %%
-shown = {0.0, sizes.eps_shown[0], eps_255}
-rows = [row for found in broken.values() for row in found if row.metric in ("clean_acc", "robust_acc") and row.eps_255 in shown]
+rows = [row for found in broken.values() for row in found if row.metric in ("clean_acc", "robust_acc") and row.eps_255 in (0, *shown)]
 left = {row.dataset: row.value for row in rows if row.eps_255 == eps_255}
 book.glue("eps", f"{eps_255:g}")
 book.glue("n-broken", len(targets[0]))
@@ -707,7 +711,10 @@ classes = {images.name: len(images.class_names) for images in targets}
 book.sets_table(rows, classes, caption="How much the attack leaves.")
 
 # %% [markdown]
-# Sets of which an attack of ε = {glue:text}`eps`/255 leaves a fiftieth or more: {glue:text}`left-more`. OpenAI's CLIP
+# Sets of which an attack of ε = {glue:text}`eps`/255 leaves a fiftieth or more: {glue:text}`left-more`. Read the intervals
+# beside that: so near to zero, a few images decide.
+#
+# OpenAI's CLIP
 # fails in the same way, at smaller budgets {cite}`mao2023tecoa`; that is what makes a small model a fair subject for the
 # defenses of this book.
 #
@@ -720,34 +727,35 @@ train_sets = [book.images(run, s, "train") for s in sizes.train]
 budget = sizes.eps_train
 train_attack = partial(attacks.pgd, threat=ThreatModel(budget), n_steps=2, step_255=budget, keep="last")
 tuned = {name: book.defended(run, name, train_sets, train_attack) for name in ("FT-clean", "TeCoA")}
-target, strong = targets[0], [(hit, ThreatModel(eps)) for eps in sizes.eps_shown]
-results = [row for row in broken[target.name] if row.eps_255 in {0.0, *sizes.eps_shown}]
+target, strong = targets[0], [(hit, ThreatModel(eps)) for eps in shown]
+results = [row for row in broken[target.name] if row.eps_255 in (0, *shown)]
 for defense in tuned.values():
     results += book.measure(run, defense, target, strong)
 at = {(row.method, row.eps_255): row for row in results if row.metric in ("clean_acc", "robust_acc")}
 
 # %%
-figs = []
-for eps in sizes.eps_shown:
+figs, ways = [], {}
+for eps in shown:
     diffs = {name: evaluate.paired(at[name, eps].records, at["CLIP", eps].records) for name in tuned}
-    figs.append(plots.paired_bars(diffs, reference=f"CLIP at ε = {eps:g}/255", title=target.name))
-    for name, diff in diffs.items():
-        book.glue(f"{name}-at-{sizes.eps_shown.index(eps)}", book.compared(diff))
-for k, eps in enumerate(sizes.eps_shown):
-    book.glue(f"eps-{k}", f"{eps:g}")
-book.glue("left-TeCoA", 100 * at["TeCoA", sizes.eps_shown[-1]].value)
+    ways |= {(name, eps): book.compared(diff) for name, diff in diffs.items()}
+    figs.append(plots.paired_bars(diffs, reference="CLIP", title=f"{target.name}, ε = {eps:g}/255"))
+for place, eps in (("weak", shown[0]), ("strong", shown[-1])):
+    book.glue(f"eps-{place}", f"{eps:g}")
+    for name in tuned:
+        book.glue(f"{name}-{place}", ways[name, eps])
+book.glue("left-TeCoA", 100 * at["TeCoA", eps_255].value)
 book.show(figs, "tuned", alt="Differences in robust accuracy to the undefended model with their intervals, one bar for fine-tuning on clean and one on attacked images, one panel a budget",
           caption=f"{hit.label} on n = {len(target)} images: difference to the undefended model on the same images, 95 % paired bootstrap. A filled dot: the interval excludes zero.")  # fmt: skip
 
 # %%
-columns = {"clean": {"metric": "clean_acc"}} | {f"PGD, ε {eps:g}": {"eps_255": eps, "metric": "robust_acc"} for eps in sizes.eps_shown}
+columns = {"clean": {"metric": "clean_acc"}} | {f"PGD, ε {eps:g}": {"eps_255": eps, "metric": "robust_acc"} for eps in shown}
 trained = f"{len(tuned['TeCoA'].history)} steps on {' and '.join(s.name for s in train_sets)}, attacked with ε = {budget:g}/255 for TeCoA."
 book.accuracy_table(results, columns=columns, caption=f"{target.name} after {trained}")
 
 # %% [markdown]
-# At ε = {glue:text}`eps-0`/255 TeCoA keeps {glue:text}`TeCoA-at-0` the undefended model, and FT-clean
-# {glue:text}`FT-clean-at-0` it. At ε = {glue:text}`eps-1`/255 TeCoA keeps {glue:text}`TeCoA-at-1` the undefended model, and
-# FT-clean {glue:text}`FT-clean-at-1` it. Where only TeCoA gains, it is the attack in training that helps, not the training.
+# At ε = {glue:text}`eps-weak`/255 TeCoA keeps {glue:text}`TeCoA-weak` the undefended model, and FT-clean
+# {glue:text}`FT-clean-weak` it. At ε = {glue:text}`eps-strong`/255 TeCoA keeps {glue:text}`TeCoA-strong` the undefended model, and
+# FT-clean {glue:text}`FT-clean-strong` it. Where only TeCoA gains, it is the attack in training that helps, not the training.
 #
 # What is left of such a gain under stronger attacks is a question for [chapter 04](04_tga_zsr.py).
 #
@@ -781,11 +789,16 @@ book.accuracy_table(results, columns=columns, caption=f"{target.name} after {tra
 print(nano["validation_curve"][-1])
 for key, value in nano.items():
     print(f"{key:17s} {f'{len(value)} entries' if isinstance(value, dict | list) else value}")
+for memory in book.notes_tables("memory"):
+    display(memory)
 
 # %% [markdown]
-# Time is the card's: {glue:text}`minutes:.0f` minutes of {glue:text}`machine` for `nano`. By default two processes of one
-# thread each average their gradients, which is faster on two cores than one process of two threads. On a GPU pass `--procs 1
-# --device cuda`; no bundled model was made that way yet, and `make gpu-jobs` lists what waits for one.
+# The training of `nano` took {glue:text}`minutes:.0f` minutes ({glue:text}`machine`). By default two processes of one
+# thread each average their gradients, which is faster on two cores than one process of two threads. Both grow while they
+# train. Where memory is short, stop them and give the command again.
+#
+# On a GPU pass `--procs 1 --device cuda` and twice the `--batch`, which keeps the images of a step. `make gpu-jobs` lists the
+# trainings that wait for a GPU.
 #
 # Every option of the recipe is an option of the script (`--steps`, `--lr-muon`, `--rendered`, …). Change one thing at a
 # time, judge by the held-back rows, and look at test images once.
@@ -839,12 +852,12 @@ exercises.check_trust(trust, logits[first.name], first.labels)
 #
 # - The bundled model is a CLIP with captions made from class names. The loss asks each image about its own label set only,
 #   because repeated captions make CLIP's own loss push right answers away.
-# - {glue:text}`minutes:.0f` minutes of {glue:text}`machine` made it. Small images first, Muon and a moving average are what
-#   the recipe rests on.
+# - Its training took {glue:text}`minutes:.0f` minutes ({glue:text}`machine`). Small images first, Muon and a moving average
+#   are what the recipe rests on.
 # - It knows classes that it was told of, composes colors with shapes ({glue:text}`composed:.0f` percent on pairs that it
 #   never saw), and reads prompts.
-# - It is fragile: an attack of ε = {glue:text}`eps`/255 leaves {glue:text}`left-first:.0f` of {glue:text}`clean-first:.0f` percent.
-#   Fine-tuning on attacked images keeps {glue:text}`TeCoA-at-1` it; fine-tuning on clean ones {glue:text}`FT-clean-at-1`.
+# - It is fragile: on {glue:text}`first-name` an attack of ε = {glue:text}`eps`/255 leaves {glue:text}`left-first:.1f` of {glue:text}`clean-first:.1f` percent.
+#   Fine-tuning on attacked images keeps {glue:text}`TeCoA-strong` that, fine-tuning on clean ones {glue:text}`FT-clean-strong` that.
 # - A verdict of this book that was reached with it says how a method behaves on such a model. It does not settle what a
 #   large CLIP would do.
 #

@@ -1,6 +1,6 @@
 """What a chapter's notebook calls: start and footer, figures, tables, glued numbers, and exercises that answer back."""
 
-from .bundled import known_table, learning_curves, making_table, model_cards, nearly_done, overlap_table, trials_tables
+from .bundled import known_table, learning_curves, making_table, model_cards, nearly_done, notes_tables, overlap_table
 from .markup import Html, table
 from .measure import (
     batched,
@@ -48,6 +48,7 @@ __all__ = [
     "measure_seconds",
     "model_cards",
     "nearly_done",
+    "notes_tables",
     "overlap_table",
     "paired_table",
     "published_table",
@@ -58,5 +59,4 @@ __all__ = [
     "start",
     "table",
     "training_cost",
-    "trials_tables",
 ]

@@ -71,27 +71,33 @@ def known_table(cards: Mapping[str, Mapping]) -> Html:
             facts = {"data set": data_set, "classes": found["classes"], "images": found["n"]}
             line = lines.setdefault(data_set, facts | {"chance": 100 / found["classes"]})
             line[name] = with_interval(found["accuracy"], found["ci95"])
-    caption = "Zero-shot accuracy in percent on whole test splits, from the models' cards; in parentheses 95 % intervals."
+    caption = (
+        "Zero-shot accuracy in percent on whole test splits, from the models' cards; in parentheses 95 % intervals."
+    )
     return table(list(lines.values()), caption=caption, formats={"chance": ".1f"})
 
 
 def overlap_table(cards: Mapping[str, Mapping]) -> Html:
-    """Overlap of text-guided maps with exact object masks: maps down, models across."""
+    """Overlap of named maps with exact object masks: maps down, models across.
+
+    The cards also hold Eq. 5 under the token norms of chapter 04, which are left to that chapter.
+    """
     lines: dict[str, dict] = {}
     for name, card in cards.items():
         for kind, value in card["map_overlap"].items():
-            lines.setdefault(kind, {"map": kind})[name] = f"{value:.3f}"
+            if not kind.startswith("token_norm"):
+                lines.setdefault(kind, {"map": kind})[name] = f"{value:.3f}"
     return table(list(lines.values()), caption="Mean overlap (IoU) with exact object masks, from the models' cards.")
 
 
-def trials_tables() -> list[Html]:
-    """What was tried before a recipe was fixed (assets/clip/trials.yml), one table a question."""
-    trials = yaml.safe_load(asset("clip", "trials.yml").read_text(encoding="utf-8"))
+def notes_tables(section: str) -> list[Html]:
+    """Notes on the making of the models (assets/clip/notes.yml): what was "tried", or its "memory"; one table a question."""
+    notes = yaml.safe_load(asset("clip", "notes.yml").read_text(encoding="utf-8"))[section]
     return [
         table(
-            [{"tried": name} | dict(zip(t["columns"], row, strict=True)) for name, row in t["rows"].items()],
-            caption=" ".join(t[part] for part in ("question", "conditions")),
-            formats=dict.fromkeys(t["columns"], ".1f"),
+            [{"": name} | dict(zip(note["columns"], row, strict=True)) for name, row in note["rows"].items()],
+            caption=" ".join(note[part] for part in ("question", "conditions")),
+            formats=dict.fromkeys(note["columns"], ".1f"),
         )
-        for t in trials
+        for note in notes
     ]

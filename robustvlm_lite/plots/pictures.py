@@ -30,8 +30,8 @@ def captioned(images: Tensor, captions: Sequence[str], *, columns: int = 3, titl
     texts = [textwrap.fill(text, width) for text in captions]
     rows = -(-len(images) // columns)
     lines = sum(max(t.count("\n") + 1 for t in texts[i * columns : (i + 1) * columns]) for i in range(rows))
-    fig = new_figure(NARROW, rows * (NARROW / columns - 0.05) + 0.16 * lines + (0.25 if title else 0.05))
-    fig.get_layout_engine().set(w_pad=0.02, h_pad=0.02)
+    fig = new_figure(NARROW, rows * NARROW / columns + 0.17 * lines + (0.3 if title else 0.1))
+    fig.get_layout_engine().set(w_pad=0.02, h_pad=0.04)
     for i, (image, text) in enumerate(zip(images, texts, strict=True)):
         ax = fig.add_subplot(rows, columns, i + 1)
         ax.imshow(image.detach().cpu().permute(1, 2, 0).numpy(), interpolation="nearest")
