@@ -45,10 +45,7 @@ class Recipe:
     sizes: tuple = ((32, 0.36), (48, 0.34), (64, 0.30))
     lr_muon: float = 0.015  # block matrices
     lr_adamw: float = 0.002  # the rest
-    # Short trials mislead here. Mean of seven packs on held-back rows after 1,200 steps at 32 px: decay 0.3: 29.5,
-    # 0.1: 28.5, none: 25.5. Over all 14,000 steps 0.3 underfits: held-back CIFAR-10, CIFAR-100, Tiny-ImageNet 69.3, 40.0,
-    # 25.3 (n = 300 each) against 74.3, 48.0, 31.0 with 0.05. Rates, after 1,200 steps: lr_muon 0.03 with decay 0.1: 23.8,
-    # 0.008 with 0.5: 28.3; lr_adamw 0.004 with 0.3: 24.7.
+    # What was tried, and why 0.05 although a short trial prefers more: robustvlm_lite/assets/clip/notes.yml, chapter 10.
     weight_decay_muon: float = 0.05
     weight_decay: float = 0.05
     warmup: int = 80

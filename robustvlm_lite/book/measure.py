@@ -1,6 +1,7 @@
 """Train and measure defenses inside a run: every result goes into the card, and a killed run goes on where it stopped."""
 
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -48,9 +49,10 @@ def defended(run, name: str, train_sets: Sequence[ImageSet] = (), attack=None) -
         found = defenses.load_defense(name, clip)
         _require_same_training(run, found, train_sets)
         return found
-    defense, plan = defenses.build(name, clip, **run.sizes.tga), training(run)
+    weights = getattr(run.sizes, "tga", {})
+    defense, plan = defenses.build(name, clip, **weights), training(run)
     kept = run.out / "trained" / f"{defenses.checkpoint(name, clip.name).stem}.safetensors"
-    key = {"training": {**asdict(plan), "precision": str(plan.precision)}, "seed": run.seed, "tga": run.sizes.tga}
+    key = {"training": {**asdict(plan), "precision": str(plan.precision)}, "seed": run.seed, "tga": weights}
     key |= {"data": [s.sha256 for s in train_sets], "eps": run.sizes.eps_train, "base": clip.weights_sha256}
     if kept.exists() and (found := _read(kept, key)) is not None:
         defense.clip.visual.load_state_dict(found["weights"])
@@ -103,6 +105,30 @@ def training_cost(run, names: Sequence[str], train_sets: Sequence[ImageSet], att
         rows.append(Row(**place, metric="train_s", n=len(seconds), value=seconds.mean().item(),
                         ci95=bootstrap_mean(seconds), extra=extra,
                         **{key: count // steps for key, count in passes.items()}))  # fmt: skip
+    run.card.add(rows)
+    return rows
+
+
+def measure_seconds(
+    run, dataset: str, functions: Mapping[str, Callable[[], object]], *, rounds: int = 4, **extra
+) -> list[Row]:
+    """Seconds of each function, all called in turn, as card rows of metric train_s; the first round only warms up.
+
+    Turns spread a machine's moods evenly. n is the number of rounds; the interval is of their mean.
+    """
+    seconds = {name: [] for name in functions}
+    for _ in range(1 + rounds):
+        for name, function in functions.items():
+            began = time.perf_counter()
+            function()
+            if run.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - began)
+    rows = []
+    for name, values in seconds.items():
+        kept = np.array(values[1:])
+        rows.append(Row(name, dataset, "none", 0.0, "train_s", rounds, kept.mean().item(), bootstrap_mean(kept),
+                        extra={"seed": run.seed, **extra}))  # fmt: skip
     run.card.add(rows)
     return rows
 

@@ -303,3 +303,15 @@ def test_guesses_show_five_classes_an_image():
     assert texts(fig.axes[1])[0] == "✓ g" and "✓" not in "".join(texts(fig.axes[3])) and len(texts(fig.axes[1])) == 10
     with pytest.raises(UserError, match=r"probabilities \[2, 7\]"):
         plots.guesses(torch.rand(2, 3, 8, 8), p[:1], list("abcdefg"), [6, 0])
+
+
+def test_captioned_sheet_keeps_order_and_wraps():
+    images = torch.rand(4, 3, 8, 8)
+    fig = plots.captioned(images, ["a star", "b", "a photo of a large striped orange arrow", "d"], title="toy")
+    assert [ax.get_xlabel() for ax in fig.axes[:2]] == ["a star", "b"] and "\n" in fig.axes[2].get_xlabel()
+    assert fig.axes[2].get_xlabel().split() == "a photo of a large striped orange arrow".split()
+    for ax, image in zip(fig.axes, images, strict=True):
+        assert np.allclose(ax.get_images()[0].get_array(), image.permute(1, 2, 0))
+    assert fig.axes[0].get_title(loc="left") == "toy" and not fig.axes[1].get_title(loc="left")
+    with pytest.raises(UserError, match="a caption for each of 4 images, got 1"):
+        plots.captioned(images, ["one"])
