@@ -36,11 +36,11 @@ class Recipe:
     """Everything that decides the weights; design/substrate measurements led to the defaults."""
 
     model: str = "nano"
-    steps: int = 14000
+    steps: int = 36000
     batch: int = 128  # per process
     procs: int = 2
     seed: int = 0
-    rendered: float = 0.22  # share of rendered scenes in a batch
+    rendered: float = 0.16  # share of rendered scenes in a batch
     # image side and its share of the steps: tokens are short at first
     sizes: tuple = ((32, 0.36), (48, 0.34), (64, 0.30))
     lr_muon: float = 0.015  # block matrices
