@@ -77,7 +77,7 @@ def find(name: str, tag: str = "") -> Weights | None:
 
 def by_sha256(digest: str) -> Weights | None:
     """The entry whose published file has this SHA-256."""
-    return next((w for w in (bundled() | published()).values() if w.sha256 == digest), None)
+    return next((w for w in (bundled() | published()).values() if w.sha256 and w.sha256 == digest), None)
 
 
 def folder() -> Path:
@@ -110,5 +110,6 @@ def how_to_get(weights: Weights) -> str:
     """What a person does who has no network, in one clause."""
     if weights.bundled:
         return f"check out {asset('clip')} again"
-    file = f"{split_hub(weights.hub)[1]} of {split_hub(weights.hub)[0]} (Hugging Face hub)" if weights.hub else weights.obtain
-    return f"fetch {file} elsewhere and put it at {folder() / weights.name}{Path(weights.hub).suffix or '.pt'}"
+    repository, file = split_hub(weights.hub)
+    what = f"{file} of {repository} (Hugging Face hub)" if weights.hub else weights.obtain
+    return f"fetch {what} elsewhere and put it at {folder() / weights.name}{Path(file).suffix or '.pt'}"
