@@ -192,9 +192,8 @@ def trim_log(path: Path, step: int) -> None:
 
 
 def train(rank: int, recipe: Recipe, data_root: Path, work: Path) -> None:
-    if recipe.device == "cpu":
-        torch.set_num_threads(1 if recipe.procs > 1 else os.cpu_count())
     if recipe.procs > 1:
+        torch.set_num_threads(1)
         meeting, wait = f"file://{work}/rendezvous", timedelta(minutes=10)
         dist.init_process_group("gloo", meeting, timeout=wait, rank=rank, world_size=recipe.procs)
     run, first = Pretraining(recipe, data_root, work, rank), rank == 0

@@ -63,7 +63,7 @@ def tokenizer(name: str):
 
 
 def activation(model: nn.Module) -> str:
-    """"QuickGELU" or "GELU": what the blocks of a built model use."""
+    """What the blocks of a built model use: "QuickGELU" or "GELU"."""
     return type(model.transformer.resblocks[0].mlp.gelu).__name__
 
 

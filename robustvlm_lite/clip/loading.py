@@ -25,11 +25,14 @@ def load_clip(name: str = "nano", *, pretrained: str = "", device: str = "") -> 
     architectures.config_of(architecture)
     given = bool(pretrained) and not (entry and pretrained == entry.tag)
     path = _local_file(name, pretrained) if given or not entry else _registered_file(entry)
-    state, digest = files.read_weights(path), sha256(path)
-    tower = files.is_image_tower(state)
-    if entry and not tower and not (given and entry.bundled):
+    digest = sha256(path)
+    if entry and entry.bundled and not given:
         _check_hash(path, digest, entry)
     _check_known(path, digest, name, architecture, entry)
+    state = files.read_weights(path)
+    tower = files.is_image_tower(state)
+    if entry and not entry.bundled and not tower:  # the published sum is that of a whole model
+        _check_hash(path, digest, entry)
     if tower:
         state = files.with_image_tower(state, _base_state(path, name, entry))
     model = architectures.empty_model(architecture)

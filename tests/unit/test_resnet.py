@@ -21,15 +21,17 @@ NAMES, TEMPLATES = ("cat", "wild dog", "red star"), ("a photo of a {}.", "the {}
 
 @pytest.fixture(scope="module")
 def clip():
-    """small-rn with every weight and statistic moved, so that one left out would show."""
+    """small-rn with every weight moved and statistics as of images, so that one left out would show and images differ."""
     clip, g = clip_room.random_clip("small-rn"), torch.Generator().manual_seed(5)
     with torch.no_grad():
         for p in clip.visual.parameters():
             p.add_(0.5 * p.std().nan_to_num(1).clamp_min(0.1) * torch.randn(p.shape, generator=g))
         for norm in norms(clip):
             norm.weight.copy_(0.5 + torch.rand(norm.num_features, generator=g))
-            norm.running_mean.copy_(0.2 * torch.randn(norm.num_features, generator=g))
-            norm.running_var.copy_(0.5 + torch.rand(norm.num_features, generator=g))
+            norm.momentum = 1.0
+        clip.visual.train()(torch.randn(16, 3, 64, 64, generator=g))
+        for norm in norms(clip.eval()):
+            norm.momentum = 0.1
     return clip.requires_grad_(False)
 
 
@@ -107,12 +109,13 @@ def test_pool_weights_are_those_of_torch(clip, x):
 
 
 def test_pixel_gradients_are_open_clips(clip, x):
-    gradients = []
-    for feature in (lambda x: clip.visual(clip.normalize(x)), lambda x: clip.tokens(x)[:, 0]):
-        pixels = x.clone().requires_grad_()
+    """In float64: through so many rectifiers float32 agrees to three digits only."""
+    exact, gradients = copy.deepcopy(clip).double(), []
+    for feature in (lambda x: exact.visual(exact.normalize(x)), lambda x: exact.tokens(x)[:, 0]):
+        pixels = x.double().requires_grad_()
         (gradient,) = torch.autograd.grad(feature(pixels).square().sum(), pixels)
         gradients.append(gradient)
-    close(gradients[1], gradients[0], 1e-4)
+    close(gradients[1], gradients[0], 1e-9)
 
 
 @torch.no_grad()
@@ -160,7 +163,7 @@ def test_batch_norm_stays_still_under_attack_and_in_fine_tuning(clip, x):
     before, threat = statistics(clip), ThreatModel(4)
     attack = partial(pgd, threat=threat, n_steps=2, step_255=threat.eps_255, keep="last")
     defense = build("TeCoA", clip).fit(
-        photos, attack=attack, training=Training(steps=2, batch=3, lr=0.01), progress=False
+        photos, attack=attack, training=Training(steps=2, batch=3, lr=0.01, optimizer="adamw"), progress=False
     )
     assert (defense.clip.visual.conv1.weight - clip.visual.conv1.weight).abs().max() > 1e-4, "it was tuned"
     classifier = defense.classifier(NAMES, TEMPLATES).train()
@@ -183,7 +186,8 @@ def test_a_tuned_tower_comes_back_from_its_file(clip, x, tmp_path):
 
 @torch.no_grad()
 def test_maps_of_a_resnet_stand_on_its_final_grid(clip, x):
-    text, mean = F.normalize(torch.randn(3, 128, generator=torch.Generator().manual_seed(2)), dim=1), torch.ones(128) / 9
+    text = F.normalize(torch.randn(3, 128, generator=torch.Generator().manual_seed(2)), dim=1)
+    mean = torch.ones(128) / 9
     for name, m in attention.named_maps(clip, x, text, mean).items():
         assert m.shape == (3, 4) and m.min() >= 0 and m.max() <= 1, name
     cosine = torch.einsum("bnd,bd->bn", F.normalize(clip.tokens(x)[:, 1:], dim=2), text - mean)
