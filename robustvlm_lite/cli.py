@@ -37,7 +37,7 @@ def parser() -> Parser:
         sub.set_defaults(function=function)
         return sub
 
-    command(_list, "list", "chapters, what each reproduces, and its time by profile", "list")
+    command(_list, "list", "chapters, what each reproduces, its time and memory by profile", "list")
 
     run = command(_run, "run", "execute a chapter and write its result card", "run 04_tga_zsr -p eps_255 2 --seed 1")
     run.add_argument("chapter", metavar="CHAPTER", help="a name that `robustvlm list` shows")
@@ -88,7 +88,7 @@ def _add_evaluate_options(sub: Parser) -> None:
         "or a name of `robustvlm data list`",
     )
     sub.add_argument("--data-root", default="", metavar="DIR", help="folder that holds a pack given by name")
-    sub.add_argument("--model", default="nano", help="a bundled CLIP or an open_clip architecture (%(default)s)")
+    sub.add_argument("--model", default="nano", help="a CLIP that doctor lists, or an open_clip architecture (%(default)s)")
     sub.add_argument("--pretrained", default="", metavar="PATH", help="its weights: a file, or a tag of open_clip")
     sub.add_argument("--defense", default="none", help="none (the default), one of the book, or a checkpoint's path")
     sub.add_argument("--attack", default="pgd", help="pgd (the default), cw, apgd-ce, autoattack, square, noise …")
@@ -107,9 +107,12 @@ def _list(_) -> None:
     for name, chapter in yaml.safe_load(PROFILES.read_text(encoding="utf-8")).items():
         print(f"{name}  {chapter['title']}\n    {chapter['reproduces']}")
         for profile, sizes in chapter["profiles"].items():
-            minutes = sizes["minutes"]
+            minutes, estimated = sizes["minutes"], sizes.get("estimated", ())
             took = f"{minutes} min" if minutes < 90 else f"{minutes / 60:.0f} h"
-            print(f"    {profile:6} {took:>7}  {sizes['where']}")
+            cost = {"minutes": took, "memory_gb": f"{sizes['memory_gb']:g} GB"}
+            took, memory = (f"~{text}" if field in estimated else text for field, text in cost.items())
+            print(f"    {profile:6} {took:>7} {memory:>8}  {sizes['where']}")
+    print("time, peak memory of the largest process; ~ is an estimate, the rest was measured")
 
 
 def _run(args) -> None:

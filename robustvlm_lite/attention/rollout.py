@@ -18,7 +18,7 @@ def attention_rollout(clip: ZeroShotCLIP, x: Tensor) -> Tensor:
 
     Half of a token is its own, half comes by attention (mean over heads), and the blocks' matrices are multiplied.
     """
-    _, matrices = transformer.image_matrices(clip.visual, clip.normalize(x))
+    _, matrices = transformer.image_matrices(clip.vit, clip.normalize(x))
     flow = torch.eye(matrices[0].shape[-1], device=x.device)
     own = flow.clone()
     for weights in matrices:
@@ -32,7 +32,7 @@ def gradient_rollout(clip: ZeroShotCLIP, x: Tensor, text: Tensor) -> Tensor:
     In each block the attention matrices are multiplied with their own gradient; the positive part, averaged over heads,
     is added to what has reached a token so far. text: [B, D], one direction an image.
     """
-    depth = len(clip.visual.transformer.resblocks)
+    depth = len(clip.vit.transformer.resblocks)
     return minmax(_relevance(clip, x, depth, lambda f: (F.normalize(f, dim=-1) * text).sum())[:, 0, 1:])
 
 

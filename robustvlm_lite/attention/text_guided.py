@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import transformer
+from .. import resnet, transformer
 from ..clip import ZeroShotCLIP, autocast
 from ..runtime import UserError, near_miss
 from .scaling import minmax
@@ -46,15 +46,15 @@ def grad_cam(
     The released "vision-based" ablation of TGA-ZSR returns this map through NumPy, where its gradient ends. With
     create_graph=True the map can be trained.
     """
+    visual = clip.vit
     with torch.enable_grad(), autocast(clip.device, precision):
-        stages = transformer.image_stages(clip.visual, clip.normalize(x))
-        block = clip.visual.transformer.resblocks[-1]
+        stages = transformer.image_stages(visual, clip.normalize(x))
+        block = visual.transformer.resblocks[-1]
         activation = block.ln_1(stages[-2])
         if not activation.requires_grad:
             activation.requires_grad_()
-        mixed = stages[-2] + block.ls_1(transformer.attention(block.attn, activation))
-        last = mixed + block.ls_2(block.mlp(block.ln_2(mixed)))
-        score = top_logit(clip, transformer.project(clip.visual, last[:, :1])[:, 0], text_features)
+        last = transformer.finish_block(block, stages[-2], transformer.attention(block.attn, activation))
+        score = top_logit(clip, transformer.project(visual, last[:, :1])[:, 0], text_features)
         (gradient,) = torch.autograd.grad(score, activation, create_graph=create_graph, retain_graph=create_graph)
         weights = gradient[:, 1:].mean(dim=1, keepdim=True)  # [B, 1, W]
         cam = minmax((weights * activation[:, 1:]).sum(dim=2).relu().float())
@@ -65,22 +65,28 @@ def value_map(clip: ZeroShotCLIP, x: Tensor, text: Tensor, mean_text: Tensor | N
     """Text-guided map over the last block's value path alone (MaskCLIP, Zhou et al. 2022). [B, N].
 
     Queries and keys of the last block mix background into every patch token; without them a patch keeps its own
-    content. mean_text [D]: subtracted from the text, so that what all captions share does not count.
+    content. mean_text [D]: subtracted from the text, so that what all captions share does not count. The tokens of a
+    ResNet take the value path of its attention pool anyway.
     """
+    text = text if mean_text is None else text - mean_text
+    if not clip.is_vit:
+        return text_map(clip.tokens(x), text)
     stages = transformer.image_stages(clip.visual, clip.normalize(x))
     block = clip.visual.transformer.resblocks[-1]
     width = stages[-2].shape[-1]
     value = F.linear(block.ln_1(stages[-2]), block.attn.in_proj_weight[-width:], block.attn.in_proj_bias[-width:])
-    tokens = F.normalize(transformer.project(clip.visual, block.attn.out_proj(value)), dim=2)
-    text = text if mean_text is None else text - mean_text
-    return minmax((tokens[:, 1:] @ text[:, :, None]).squeeze(2))
+    return text_map(transformer.project(clip.visual, block.attn.out_proj(value)), text)
 
 
 def cls_map(clip: ZeroShotCLIP, x: Tensor) -> Tensor:
-    """Self-attention of CLS in the last block, mean over heads; knows no text. [B, N]."""
-    stages = transformer.image_stages(clip.visual, clip.normalize(x))
-    block = clip.visual.transformer.resblocks[-1]
-    weights = transformer.attention_weights(block.attn, block.ln_1(stages[-2]))  # [B, heads, 1 + N, 1 + N]
+    """Self-attention of CLS in the last block, or of a ResNet's pool, mean over heads; knows no text. [B, N]."""
+    visual, x = clip.visual, clip.normalize(x)
+    if clip.is_vit:
+        block = visual.transformer.resblocks[-1]
+        tokens = block.ln_1(transformer.image_stages(visual, x)[-2])
+        weights = transformer.attention_weights(block.attn, tokens)  # [B, heads, 1 + N, 1 + N]
+    else:
+        weights = resnet.pool_weights(visual.attnpool, resnet.pool_input(visual, x))  # [B, heads, 1, 1 + N]
     return minmax(weights[:, :, 0, 1:].mean(dim=1))
 
 

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "robustvlm_lite"
 LAYERS = (
     ("runtime", "threat", "stats"),
-    ("scenes", "data", "transformer", "clip", "captioner"),
+    ("scenes", "data", "transformer", "resnet", "clip", "captioner"),
     ("attention", "views", "prompts", "attacks"),
     ("defenses",),
     ("evaluate", "records", "sanity"),
