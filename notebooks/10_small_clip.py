@@ -113,7 +113,8 @@ def sheet(images, n=9):
 # %%
 figs = [plots.captioned(*sheet(photos), title="photographs"), plots.captioned(drawn.images[nine] / 255, told, title="scenes")]
 if data_root:  # one training image of every pack
-    packs = [sheet(data.load(f"small/{name}", "train", data_root=data_root, n=1), 1) for name in nano["validation_curve"][0]["validation"]]
+    ones = [data.load(f"small/{name}", "train", data_root=data_root, n=1) for name in nano["validation_curve"][0]["validation"]]
+    packs = [sheet(replace(one, templates=data.PHOTO), 1) for one in ones]  # a style that a template names may be another
     figs.append(plots.captioned(torch.cat([x for x, _ in packs]), [text for _, (text,) in packs], title="one of each pack"))
 book.show(figs, "sheet", alt="Sheets of small training pictures, each with its caption below: photographs of objects, and rendered scenes of colored shapes",
           caption="Training images with captions as the model reads them. The photographs that ship with the book are one of its packs.")  # fmt: skip

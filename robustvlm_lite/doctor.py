@@ -128,7 +128,7 @@ def published_weights() -> list[tuple[bool, str]]:
 
     lines = []
     for entry in registry.published().values():
-        path, first = registry.on_machine(entry), "fetched at the first use, or " if entry.hub else ""
+        path, first = registry.on_machine(entry), "downloaded at the first use; without network, " if entry.hub else ""
         where = path or f"missing; {first}{registry.how_to_get(entry)}"
         lines.append((path is not None, f"weights {entry.name}: {where}"))
     return lines

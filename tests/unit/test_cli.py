@@ -287,7 +287,7 @@ def test_doctor_says_which_published_weights_are_here_and_how_to_get_the_rest(tm
     assert lines["tecoa1-vit-b-32:"] == (True, f"weights tecoa1-vit-b-32: {tmp_path / 'tecoa1-vit-b-32.pt'}")
     assert [here for here, _ in lines.values()].count(True) == 1
     hub, other = lines["fare2-vit-l-14:"][1], lines["tecoa4-vit-b-32:"][1]
-    assert "missing; fetched at the first use, or fetch open_clip_pytorch_model.bin of chs20/fare2-clip" in hub
+    assert "missing; downloaded at the first use; without network, fetch open_clip_pytorch_model.bin of chs20" in hub
     assert "missing; fetch https://" in other and not any("\n" in text for _, text in lines.values())
 
 
