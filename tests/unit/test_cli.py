@@ -275,7 +275,7 @@ def test_doctor_names_weights_and_files_that_differ(tmp_path, monkeypatch):
 
 
 def test_doctor_says_which_published_weights_are_here_and_how_to_get_the_rest(tmp_path, monkeypatch):
-    import huggingface_hub
+    import huggingface_hub.constants
 
     from robustvlm_lite.clip import registry
 
