@@ -80,7 +80,7 @@ class FARE(FineTuning):
             return {"cls": self.original[0].tokens(x)[:, 0]}
 
     def _distance(self, x: Tensor, batch: Batch) -> Tensor:
-        return (self.clip.tokens(x, self.precision)[:, 0] - batch.task.frozen["cls"][batch.index]).square().sum(1)
+        return (self.clip.tokens(x, self.precision)[:, 0] - self.kept(batch)["cls"]).square().sum(1)
 
     def inner(self, batch: Batch):
         return lambda x_adv: self._distance(x_adv, batch)

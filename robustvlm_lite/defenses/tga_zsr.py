@@ -77,7 +77,7 @@ class TGAZSR(FineTuning):
 
     def attention_terms(self, batch: Batch, tokens: Tensor) -> dict[str, Tensor]:
         """The weighted L_AR and L_AMC; a term of weight 0 is not computed."""
-        c, n, target = self.config, len(batch.y), batch.task.frozen["map"][batch.index]
+        c, n, target = self.config, len(batch.y), self.kept(batch)["map"]
         terms = {}
         for name, weight, x, part in (("ar", c.alpha, batch.x_adv, tokens[:n]), ("amc", c.beta, batch.x, tokens[n:])):
             if weight:

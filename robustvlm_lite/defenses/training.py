@@ -1,4 +1,4 @@
-"""The loop that every fine-tuning defense shares: adversarial images in, a weighted sum of terms out, one optimizer step."""
+"""The loop that every trained defense shares: adversarial images in, a weighted sum of terms out, one optimizer step."""
 
 import copy
 import math
@@ -10,17 +10,26 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, LRScheduler, SequentialLR
 from tqdm import tqdm
 
 from ..clip import ZeroShotCLIP
 from ..data import ImageSet
 from ..runtime import UserError, generator
+from ..views import base_views
 from .base import Defense, TrainingAttack
+
+COOP_WARMUP = 1e-5  # learning rate of CoOp's first epoch
 
 
 @dataclass(frozen=True)
 class Training:
-    """Optimizer and sizes. The defaults are the paper's (TGA-ZSR 4.1 and its code: 10 epochs of Tiny-ImageNet)."""
+    """Optimizer and sizes. The defaults are the paper's (TGA-ZSR 4.1 and its code: 10 epochs of Tiny-ImageNet).
+
+    epoch: steps of an epoch, for the schedule of CoOp and its followers (Zhou et al. 2022): the first at 1e-5, then a
+    cosine that moves once an epoch; 0 takes the linear warm-up. augment: each image resized from a random crop, then
+    mirrored or not, before it is attacked.
+    """
 
     steps: int = 7820
     batch: int = 128
@@ -28,12 +37,35 @@ class Training:
     lr: float = 1e-4
     warmup: int = 1000  # linear, then cosine to 0
     precision: torch.dtype | None = torch.bfloat16
+    weight_decay: float = 0.0
+    epoch: int = 0
+    augment: bool = False
 
     def __post_init__(self):
         if self.optimizer not in ("sgd", "adamw"):
             raise UserError(f"expected optimizer 'sgd' or 'adamw', got {self.optimizer!r}")
         if self.steps < 1 or self.batch < 2 or not self.lr > 0:
             raise UserError(f"expected steps >= 1, batch >= 2 and lr > 0, got {self.steps}, {self.batch} and {self.lr}")
+
+    def optimizer_of(self, parameters: Sequence[torch.nn.Parameter]) -> tuple[torch.optim.Optimizer, LRScheduler]:
+        """The optimizer of these parameters and the schedule of its rate, which moves once a step."""
+        if self.optimizer == "sgd":
+            optimizer = torch.optim.SGD(parameters, lr=self.lr, momentum=0.9, weight_decay=self.weight_decay)
+        else:
+            optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)
+        if self.epoch:
+            return optimizer, LambdaLR(optimizer, self._coop_share)
+        warmup = min(self.warmup, self.steps // 8 + 1)
+        parts = [
+            LinearLR(optimizer, 1 / max(warmup, 1), total_iters=warmup),
+            CosineAnnealingLR(optimizer, max(self.steps - warmup, 1)),
+        ]
+        return optimizer, SequentialLR(optimizer, parts, [warmup])
+
+    def _coop_share(self, step: int) -> float:
+        """Of the learning rate, as Dassl gives it to CoOp: the cosine starts one epoch late and never reaches 0."""
+        epoch = step // self.epoch
+        return (1 + math.cos(math.pi * (epoch - 1) * self.epoch / self.steps)) / 2 if epoch else COOP_WARMUP / self.lr
 
 
 @dataclass
@@ -47,28 +79,29 @@ class Task:
 
 @dataclass
 class Batch:
-    """One step's images: x and x_adv [B, 3, H, W], labels y [B], their rows in the task."""
+    """One step's images: x and x_adv [B, 3, H, W], labels y [B], their rows in the task; notes: what `history` also keeps."""
 
     task: Task
     index: Tensor
     x: Tensor
     y: Tensor
     x_adv: Tensor
+    notes: dict[str, float] = field(default_factory=dict)
 
 
-class FineTuning(Defense):
-    """Fine-tunes the image tower of a copy of `clip`; text tower and logit scale stay as they are.
+class Trained(Defense):
+    """A defense that learns something on labelled images: weights of the image tower, prompts, a head.
 
     A method says what it minimises (`losses`), what its training attack maximises (`inner`) and what it keeps of the
-    frozen model (`frozen`). history: one dict of terms a step; step_seconds: the wall time of each step of `fit`.
+    frozen model (`frozen`); a family says what is learned (`learned`) and how it answers (`answers`). history: one dict
+    of terms and notes a step; step_seconds: the wall time of each step of `fit`.
     """
 
     attacks_in_training = True
 
     def __init__(self, clip: ZeroShotCLIP, name: str = ""):
-        super().__init__(copy.deepcopy(clip))
+        super().__init__(clip)
         self.name = name or self.name
-        self.original = (clip,)  # a tuple, so that it is not a submodule: it is not part of the defended model
         self.history: list[dict[str, float]] = []
         self.step_seconds: list[float] = []
         self.precision: torch.dtype | None = None
@@ -81,7 +114,7 @@ class FineTuning(Defense):
         """The training attack's objective [B]: cross-entropy over the task's classes unless a method differs."""
 
         def objective(x_adv: Tensor) -> Tensor:
-            return F.cross_entropy(self.logits(x_adv, batch.task.text), batch.y, reduction="none")
+            return F.cross_entropy(self.answers(x_adv, batch), batch.y, reduction="none")
 
         return objective
 
@@ -89,9 +122,27 @@ class FineTuning(Defense):
         """What the frozen model says of clean training images and does not change while training; kept in memory."""
         return {}
 
-    def logits(self, x: Tensor, text: Tensor) -> Tensor:
-        """Logits of the model in training, [B, K]."""
-        return self.clip.logits(x, text, self.precision)
+    def kept(self, batch: Batch) -> dict[str, Tensor]:
+        """What the frozen model says of this batch's clean images: from memory, or computed where no image comes twice."""
+        if batch.task.frozen:
+            return {name: rows[batch.index] for name, rows in batch.task.frozen.items()}
+        return self.frozen(batch.task, batch.x, batch.y)
+
+    def learned(self) -> list[torch.nn.Parameter]:
+        """What the optimizer moves."""
+        raise TypeError(f"{type(self).__name__} learns nothing")
+
+    def answers(self, x: Tensor, batch: Batch) -> Tensor:
+        """Logits [B, K] of images x under the model in training, for an attack on it."""
+        raise TypeError(f"{type(self).__name__} has no answers")
+
+    def task(self, data: ImageSet) -> Task:
+        """What a training set needs once."""
+        raise TypeError(f"{type(self).__name__} has no task")
+
+    def batch(self, task: Task, index: Tensor, x: Tensor, y: Tensor) -> Batch:
+        """One step before its attack."""
+        return Batch(task, index, x, y, x)
 
     def fit(
         self,
@@ -101,47 +152,39 @@ class FineTuning(Defense):
         training: Training = Training(),  # noqa: B008 (frozen)
         seed: int = 0,
         progress: bool = True,
-    ) -> "FineTuning":
+    ) -> "Trained":
         """Train on one set or several in turn. Raises UserError if an attack is missing or the loss is not finite."""
         if self.attacks_in_training and attack is None:
             raise UserError(
                 f"{self.name} trains on adversarial images: expected attack=..., got None; pass partial(pgd, …)"
             )
         device, self.precision = self.clip.device, training.precision
-        tasks = [self._task(d, device) for d in ([data] if isinstance(data, ImageSet) else data)]
-        params = [p for p in self.clip.visual.parameters() if p.requires_grad]
-        optimizer = (
-            torch.optim.SGD(params, lr=training.lr, momentum=0.9)
-            if training.optimizer == "sgd"
-            else torch.optim.AdamW(params, lr=training.lr, weight_decay=0.0)
-        )
-        warmup = min(training.warmup, training.steps // 8 + 1)
-        schedule = torch.optim.lr_scheduler.SequentialLR(
-            optimizer,
-            [
-                torch.optim.lr_scheduler.LinearLR(optimizer, 1 / max(warmup, 1), total_iters=warmup),
-                torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(training.steps - warmup, 1)),
-            ],
-            [warmup],
-        )
+        tasks = [self.task(d) for d in ([data] if isinstance(data, ImageSet) else data)]
+        if not training.augment:  # else no image comes twice
+            for task in tasks:
+                task.frozen = self._frozen(task, device)
+        optimizer, schedule = training.optimizer_of(self.learned())
         # No name of a method in these keys: methods that are compared see the same batches and the same random starts.
         orders = [_Order(len(t.data), generator(seed, "order", t.data.name)) for t in tasks]
         for step in tqdm(range(training.steps), desc=f"training {self.name}", disable=not progress, leave=False):
             began = time.perf_counter()
             task, order = tasks[step % len(tasks)], orders[step % len(tasks)]
             index = order.next(min(training.batch, len(task.data)))
-            x, y = task.data.pixels(index).to(device), task.data.labels[index].to(device)
-            batch = Batch(task, index.to(device), x, y, x)
+            x, y = task.data.pixels(index), task.data.labels[index].to(device)
+            if training.augment:
+                keys = [generator(seed, "augment", task.data.name, step, i) for i in range(len(x))]
+                x = base_views(x, keys, n=1, kind="rrc_flip")[:, 0]
+            batch = self.batch(task, index.to(device), x.to(device), y)
             if self.attacks_in_training:  # weights that have diverged show first in the attack's objective
                 objective = partial(self._finite, self.inner(batch), step)
-                batch.x_adv = attack(objective, x, generators=generator(seed, "attack", step))
+                batch.x_adv = attack(objective, batch.x, generators=generator(seed, "attack", step))
             terms = self.losses(batch)
             total = self._finite(sum, step, terms.values())
             optimizer.zero_grad()
             total.backward()
             optimizer.step()
             schedule.step()
-            self.history.append({k: v.item() for k, v in terms.items()})
+            self.history.append({k: v.item() for k, v in terms.items()} | batch.notes)
             self.step_seconds.append(time.perf_counter() - began)
         self.clip.eval().requires_grad_(False)
         return self
@@ -154,15 +197,35 @@ class FineTuning(Defense):
             raise UserError(f"{self.name}: the loss is {worst} at step {step}; lower the learning rate")
         return value
 
-    def _task(self, data: ImageSet, device: torch.device) -> Task:
-        task = Task(data, self.clip.text_features(data.class_names, data.templates))
-        self.clip.requires_grad_(False).visual.requires_grad_(True)
-        parts: dict[str, list[Tensor]] = {}
+    def _frozen(self, task: Task, device: torch.device) -> dict[str, Tensor]:
+        data, parts = task.data, {}
         for index in torch.arange(len(data)).split(256):
             for name, value in self.frozen(task, data.pixels(index).to(device), data.labels[index].to(device)).items():
                 parts.setdefault(name, []).append(value.detach())
-        task.frozen = {name: torch.cat(values) for name, values in parts.items()}
-        return task
+        return {name: torch.cat(values) for name, values in parts.items()}
+
+
+class FineTuning(Trained):
+    """Fine-tunes the image tower of a copy of `clip`; text tower and logit scale stay as they are."""
+
+    def __init__(self, clip: ZeroShotCLIP, name: str = ""):
+        super().__init__(copy.deepcopy(clip), name)
+        self.original = (clip,)  # a tuple, so that it is not a submodule: it is not part of the defended model
+
+    def logits(self, x: Tensor, text: Tensor) -> Tensor:
+        """Logits of the model in training, [B, K]."""
+        return self.clip.logits(x, text, self.precision)
+
+    def answers(self, x: Tensor, batch: Batch) -> Tensor:
+        return self.logits(x, batch.task.text)
+
+    def learned(self) -> list[torch.nn.Parameter]:
+        return list(self.clip.visual.parameters())
+
+    def task(self, data: ImageSet) -> Task:
+        text = self.clip.text_features(data.class_names, data.templates)
+        self.clip.requires_grad_(False).visual.requires_grad_(True)
+        return Task(data, text)
 
 
 def collapsed_at(natural: Sequence[float], adversarial: Sequence[float], n_classes: int, window: int = 50) -> int | None:
