@@ -1,6 +1,5 @@
 """Clean and robust accuracy with per-example records, worst cases and paired differences."""
 
-import hashlib
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from tqdm import tqdm
 
 from .data.imageset import ImageSet
 from .records import Cell, Row, Store, column, records_table
-from .runtime import UserError, eval_mode
+from .runtime import UserError, eval_mode, weights_sha256
 from .stats import paired_bootstrap, wilson
 from .threat import audit, to_8bit
 
@@ -116,15 +115,6 @@ def paired(records_a, records_b, *, seed: int = 0) -> tuple[float, float, float]
         if not np.array_equal(column(a, name), column(b, name)):
             raise UserError(f"expected the same images on both sides, got {len(a)} and {len(b)} with unequal {name}")
     return paired_bootstrap(column(a, "correct"), column(b, "correct"), seed=seed)
-
-
-def weights_sha256(model: nn.Module) -> str:
-    """Hash of all parameters and buffers with their names."""
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 class PassCounter:

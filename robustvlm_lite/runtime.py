@@ -93,6 +93,15 @@ def profile(chapter: str, name: str) -> SimpleNamespace:
     return SimpleNamespace(**known[chapter]["profiles"][name])
 
 
+def weights_sha256(model: torch.nn.Module) -> str:
+    """Hash of all parameters and buffers of a model with their names."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def versions() -> dict[str, str]:
     """Versions of what can change a number."""
     names = ("robustvlm_lite", "torch", "torchvision", "open_clip_torch", "torchattacks", "numpy", "pyarrow")
