@@ -4,6 +4,7 @@ A map is [B, N] over the N patches, row by row. What is compared or shown lies i
 which order pixels and weigh views, keep their own scale and any leading dimensions.
 """
 
+from .bidirectional import FUSIONS, NORMS, as_distribution, bidirectional_map, map_divergence
 from .convolution import pool_rollout, sharpen, stage_cam
 from .distance import METRICS, gram, map_distance
 from .guide import FORMS, guide, guide_pixels
@@ -17,10 +18,14 @@ from .token_rollout import cls_row, through_norm, token_relevance, token_rollout
 
 __all__ = [
     "FORMS",
+    "FUSIONS",
     "METRICS",
+    "NORMS",
     "SCALES",
     "TOKEN_NORMS",
+    "as_distribution",
     "attention_rollout",
+    "bidirectional_map",
     "center_prior",
     "clip_top",
     "cls_map",
@@ -35,6 +40,7 @@ __all__ = [
     "iou",
     "is_flat",
     "map_distance",
+    "map_divergence",
     "map_iou",
     "mask_map",
     "minmax",

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 class Tail:
     """N inputs with L tokens each; heads side by side in the width W, projections unscaled.
 
-    q [N, W]; k, v [N, L, W]; o, r [N, W]; content [N, L] bool: patches, or context and class name. For texts of one
-    context an image, N is [B, C].
+    q [N, W]; k, v [N, L, W]; o, r [N, W]; content [N, L] bool: patches, or context and class name; seen [N, L] bool: what
+    the query looks at. For texts of one context an image, N is [B, C].
     """
 
     q: Tensor
@@ -26,6 +26,7 @@ class Tail:
     o: Tensor
     r: Tensor
     content: Tensor
+    seen: Tensor
 
 
 def split_block(block: nn.Module, x: Tensor, at: Tensor, content: Tensor, seen: Tensor | None = None) -> Tail:
@@ -39,7 +40,9 @@ def split_block(block: nn.Module, x: Tensor, at: Tensor, content: Tensor, seen: 
     q_heads = q.view(n, attn.num_heads, 1, -1)
     k_heads, v_heads = (t.view(n, length, attn.num_heads, -1).transpose(1, 2) for t in (k, v))
     scores = (q_heads * q_heads.shape[-1] ** -0.5) @ k_heads.transpose(-1, -2)
-    if seen is not None:
+    if seen is None:
+        seen = torch.ones_like(content)
+    else:
         scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
     o = (scores.softmax(dim=-1).to(v.dtype) @ v_heads).reshape(n, width)
-    return Tail(q, k, v, o, x[rows, at], content)
+    return Tail(q, k, v, o, x[rows, at], content, seen)
