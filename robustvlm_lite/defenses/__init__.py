@@ -2,20 +2,27 @@
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from ..clip import ZeroShotCLIP
+from ..prompts import PromptSpec
 from ..runtime import UserError, asset, near_miss
+from . import capt, cba_fapt
 from .base import Defense, TrainingAttack
 from .checkpoints import load_change, read_facts, save_change
 from .finetuning import FARE, PMGAFT, FTAdv, FTClean, TeCoA
+from .prompt_files import KIND, load_prompts, prompt_facts, save_prompts
+from .prompt_tuning import RIVALS, LinearProbe
+from .prompting import Method, PromptTuning, gradient_shares, scaled_spec
 from .tga_zsr import PRESETS, TGAZSR, CompTGA, TGAConfig, VisionGuided
 from .training import FineTuning, Training
 
 __all__ = [
-    "METHODS", "PRESETS", "Defense", "FineTuning", "TGAConfig", "Training", "TrainingAttack", "build", "load_defense",
-    "names", "read_facts", "save_change", "search_results",
+    "METHODS", "PRESETS", "PROMPT_METHODS", "Defense", "FineTuning", "Method", "PromptTuning", "TGAConfig", "Training",
+    "TrainingAttack", "build", "build_prompts", "gradient_shares", "load_defense", "names", "read_facts", "save_change",
+    "save_prompts", "search_results",
 ]  # fmt: skip
 
 STRICT = PRESETS["strict"]
@@ -40,6 +47,8 @@ METHODS: dict[str, tuple[type[FineTuning], TGAConfig | None]] = {
     "TGA-ZSR (l1, equal force)": (TGAZSR, replace(STRICT, metric="l1", gain=GAIN_L1)),
     "TGA-ZSR (cos, equal force)": (TGAZSR, replace(STRICT, metric="cosine", gain=GAIN_COSINE)),
 }
+# The prompt-tuned ones, each with the prompts, the style and the choices of its paper.
+PROMPT_METHODS: dict[str, Method] = {**RIVALS, **capt.METHODS, **cba_fapt.METHODS}
 
 
 def build(name: str, clip: ZeroShotCLIP, *, alpha: float = STRICT.alpha, beta: float = STRICT.beta) -> FineTuning:
@@ -53,9 +62,25 @@ def build(name: str, clip: ZeroShotCLIP, *, alpha: float = STRICT.alpha, beta: f
     return kind(clip, replace(config, **weights), name)
 
 
+def build_prompts(
+    name: str, clip: ZeroShotCLIP, class_names: Sequence[str] = (), *, spec: PromptSpec | None = None, config=None, **options
+) -> PromptTuning | LinearProbe:
+    """An untrained prompt-tuned defense by name, in front of `clip`, which it freezes and shares.
+
+    class_names: read by methods that know their classes (class-specific contexts, PAFT). spec, config: other prompts or
+    choices than the paper's, which are scaled to the towers (`scaled_spec`). options: "teacher" of CAPT.
+    """
+    if name not in PROMPT_METHODS:
+        raise UserError(f"unknown prompt-tuned defense {name!r}; {near_miss(name, PROMPT_METHODS)}")
+    method = PROMPT_METHODS[name]
+    spec = scaled_spec(clip, method.spec) if spec is None else spec
+    own = class_names if spec.class_specific or method.kind is LinearProbe else ()
+    return method.kind(clip, spec, name, own, method.config if config is None else config, **options)
+
+
 def names() -> tuple[str, ...]:
     """Names that `load_defense` takes: no defense, and every method of the book."""
-    return ("none", *METHODS)
+    return ("none", *METHODS, *PROMPT_METHODS)
 
 
 def load_defense(name: str, clip: ZeroShotCLIP) -> Defense:
@@ -66,16 +91,32 @@ def load_defense(name: str, clip: ZeroShotCLIP) -> Defense:
     if path.suffix == ".safetensors":
         if not path.is_file():
             raise UserError(f"expected a defense checkpoint at {path}, found none; check the path")
-        method = read_facts(path)["method"]
-        return load_change(build(method, clip) if method in METHODS else FineTuning(clip, method), path)
-    if name not in METHODS:
+        return _from_file(path, clip)
+    if name not in names():
         raise UserError(f"unknown defense {name!r}; {near_miss(name, names())}")
     path = checkpoint(name, clip.name)
     if not path.exists():
         raise UserError(
             f"no bundled checkpoint of {name!r} for {clip.name}; use nano or train it and pass its file's path"
         )
-    return load_change(build(name, clip), path)
+    return _from_file(path, clip)
+
+
+def _from_file(path: Path, clip: ZeroShotCLIP) -> Defense:
+    facts = read_facts(path)
+    method = facts["method"]
+    if facts.get("kind") != KIND:
+        return load_change(build(method, clip) if method in METHODS else FineTuning(clip, method), path)
+    facts = prompt_facts(path)
+    if method not in PROMPT_METHODS:
+        raise UserError(f"{path.name}: unknown prompt-tuned defense {method!r}; {near_miss(method, PROMPT_METHODS)}")
+    default = PROMPT_METHODS[method].config
+    try:
+        spec, config = PromptSpec(**facts["spec"]), default and type(default)(**facts["config"])
+    except TypeError as error:
+        raise UserError(f"{path.name}: expected the choices of {method}, got others ({error}); make it again") from None
+    carrier = load_defense(facts["backbone"], clip).clip
+    return load_prompts(build_prompts(method, carrier, facts["class_names"], spec=spec, config=config), path)
 
 
 def checkpoint(name: str, base: str) -> Path:
