@@ -158,12 +158,14 @@ class Trained(Defense):
             raise UserError(
                 f"{self.name} trains on adversarial images: expected attack=..., got None; pass partial(pgd, …)"
             )
+        if not (learned := self.learned()):
+            raise UserError(f"{self.name}: expected something to learn, got none; choose prompts or take plain CLIP")
         device, self.precision = self.clip.device, training.precision
         tasks = [self.task(d) for d in ([data] if isinstance(data, ImageSet) else data)]
         if not training.augment:  # else no image comes twice
             for task in tasks:
                 task.frozen = self._frozen(task, device)
-        optimizer, schedule = training.optimizer_of(self.learned())
+        optimizer, schedule = training.optimizer_of(learned)
         # No name of a method in these keys: methods that are compared see the same batches and the same random starts.
         orders = [_Order(len(t.data), generator(seed, "order", t.data.name)) for t in tasks]
         for step in tqdm(range(training.steps), desc=f"training {self.name}", disable=not progress, leave=False):
