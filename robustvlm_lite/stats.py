@@ -60,6 +60,14 @@ def seed_spread(values) -> tuple[float, float, int]:
     return float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else math.nan, len(values)
 
 
+def harmonic_mean(*values: float) -> float:
+    """n / (1/a + 1/b + ...), as base-to-new tables report it; 0 where one of them is 0."""
+    values = _finite(values, "values").tolist()
+    if min(values) < 0:
+        raise UserError(f"expected accuracies of at least 0, got {values}; their harmonic mean has no meaning")
+    return len(values) / sum(1 / v for v in values) if min(values) > 0 else 0.0
+
+
 def _finite(values, name: str) -> np.ndarray:
     values = np.asarray(values, dtype=float)
     if values.ndim != 1 or len(values) == 0 or not np.isfinite(values).all():

@@ -10,16 +10,21 @@ from .imageset import ImageSet
 from .packs import PACKS, PHOTO, Pack, pack_folder, read_pack, read_rows
 from .registry import find_use, uses
 from .sources import check_there, read_listing
-from .subsets import base_and_new, choose_rows
+from .subsets import FEW_SHOT_SEEDS, SHOTS, base_and_new, choose_rows, domains, few_shot, leave_out
 
 __all__ = [
+    "FEW_SHOT_SEEDS",
     "PACKS",
     "PHOTO",
+    "SHOTS",
     "ImageSet",
     "Pack",
     "base_and_new",
+    "domains",
+    "few_shot",
     "find_use",
     "from_path",
+    "leave_out",
     "load",
     "names",
     "pack_folder",

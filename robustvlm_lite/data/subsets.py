@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..runtime import UserError, asset, generator
+from ..runtime import UserError, asset, generator, near_miss
 from .imageset import ImageSet, balanced_rows
 
 SHOTS = (1, 2, 4, 8, 16)  # of the papers on few-shot tuning
@@ -51,6 +51,27 @@ def base_and_new(images: ImageSet) -> tuple[ImageSet, ImageSet]:
     """
     half = (len(images.class_names) + 1) // 2
     return _classes(images, 0, half), _classes(images, half, len(images.class_names))
+
+
+def domains(images: ImageSet) -> tuple[str, ...]:
+    """The domains of a set whose images lie in one folder each, in order (PACS: art_painting, cartoon, photo, sketch)."""
+    found = sorted({name.partition("/")[0] for name in images.ids if "/" in name})
+    if len(found) < 2:
+        raise UserError(f"expected images of at least 2 domains in {images.name}, got {found}; PACS has four")
+    return tuple(found)
+
+
+def leave_out(images: ImageSet, domain: str) -> tuple[ImageSet, ImageSet]:
+    """(images of the other domains, images of `domain`): to learn on the ones, to be asked about the other."""
+    if domain not in (known := domains(images)):
+        raise UserError(f"unknown domain {domain!r} of {images.name}; {near_miss(domain, known)}")
+    inside = torch.tensor([name.partition("/")[0] == domain for name in images.ids])
+    return images.take((~inside).nonzero().flatten()), images.take(inside.nonzero().flatten())
+
+
+def few_shot(images: ImageSet, shots: int, seed: int) -> ImageSet:
+    """`shots` images of every class of a set that is at hand, as `load(..., shots=...)` draws them; 0 keeps all."""
+    return images.take(few_shot_rows(images.labels, shots, seed, images.name)) if shots else images
 
 
 def _classes(images: ImageSet, first: int, end: int) -> ImageSet:

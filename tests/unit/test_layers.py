@@ -13,7 +13,7 @@ LAYERS = (
     ("scenes", "data", "transformer", "resnet", "clip", "captioner"),
     ("attention", "views", "prompts", "attacks"),
     ("defenses",),
-    ("evaluate", "records", "sanity"),
+    ("evaluate", "fewshot", "records", "sanity"),
     ("cards", "rules", "claims", "verdicts", "estimate"),
     ("plots", "book", "runfolder", "runner", "practitioner", "doctor", "cli"),
 )

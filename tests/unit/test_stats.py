@@ -5,7 +5,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from robustvlm_lite.runtime import UserError
-from robustvlm_lite.stats import bootstrap_mean, mcnemar, paired_bootstrap, seed_spread, wilson
+from robustvlm_lite.stats import bootstrap_mean, harmonic_mean, mcnemar, paired_bootstrap, seed_spread, wilson
 
 
 @pytest.mark.parametrize(("successes", "n"), [(0, 10), (3, 10), (10, 10), (41, 100), (1, 5000)])
@@ -81,6 +81,15 @@ def test_seed_spread():
     assert seed_spread([1.0, 2.0, 3.0]) == (2.0, 1.0, 3)
     mean, sd, n = seed_spread([0.4])
     assert (mean, n) == (0.4, 1) and math.isnan(sd)
+
+
+def test_harmonic_mean_is_that_of_the_base_to_new_tables():
+    """Rows of Tables 2 and 3 of CBA-FAPT, and the H4 that the specification computed from them."""
+    assert harmonic_mean(70.74, 55.74) == pytest.approx(62.35, abs=0.005)
+    assert harmonic_mean(70.52, 38.05, 49.58, 21.86) == pytest.approx(37.60, abs=0.005)
+    assert harmonic_mean(0.5, 0.0) == 0.0 and harmonic_mean(0.3) == pytest.approx(0.3)
+    with pytest.raises(UserError, match="accuracies of at least 0"):
+        harmonic_mean(0.5, -0.1)
 
 
 @pytest.mark.parametrize("bad", [[], [0.1, math.nan], [[0.1, 0.2]]])

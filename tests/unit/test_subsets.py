@@ -9,7 +9,7 @@ import small_sets
 import torch
 
 from robustvlm_lite import data
-from robustvlm_lite.data import ImageSet, base_and_new, load, read_rows, subsets
+from robustvlm_lite.data import ImageSet, base_and_new, domains, few_shot, leave_out, load, read_rows, subsets
 from robustvlm_lite.data.imageset import balanced_rows
 from robustvlm_lite.data.packs import PACKS, pack_folder
 from robustvlm_lite.data.subsets import (
@@ -197,3 +197,40 @@ def test_few_shots_come_before_the_halves():
     base, new = base_and_new(few)
     assert len(base) == 13 * 8 and len(new) == 12 * 8 and data.base_and_new is base_and_new
     assert base.ids + new.ids == few.ids
+
+
+# ---- domains
+
+
+def with_domains():
+    labels = torch.arange(24) % 2
+    ids = tuple(f"{('photo', 'sketch', 'art_painting')[i % 3]}/{i}.jpg" for i in range(24))
+    return ImageSet("toy", torch.zeros(24, 3, 2, 2, dtype=torch.uint8), labels, ("a", "b"), ("a {}",), ids=ids)
+
+
+def test_a_domain_is_left_out_whole():
+    images = with_domains()
+    assert domains(images) == ("art_painting", "photo", "sketch")
+    others, held_out = leave_out(images, "photo")
+    assert len(held_out) == 8 and all(name.startswith("photo/") for name in held_out.ids)
+    assert len(others) == 16 and set(others.ids) | set(held_out.ids) == set(images.ids)
+    assert [images.labels[images.ids.index(name)] for name in held_out.ids] == held_out.labels.tolist()
+
+
+def test_unknown_and_absent_domains_are_refused():
+    with pytest.raises(UserError, match="unknown domain 'photos' of toy; did you mean 'photo'"):
+        leave_out(with_domains(), "photos")
+    with pytest.raises(UserError, match="expected images of at least 2 domains in photos/caltech"):
+        domains(load("photos/caltech"))
+
+
+def test_pacs_has_its_four_domains(data_root):
+    test = load("small/pacs", data_root=str(data_root))
+    assert domains(test) == ("art_painting", "cartoon", "photo", "sketch")
+    assert len(leave_out(test, "sketch")[1]) == 140
+
+
+def test_shots_of_a_set_at_hand_are_those_of_load():
+    whole = load("photos/caltech", "train")
+    assert few_shot(whole, 4, 2).ids == load("photos/caltech", "train", shots=4, seed=2).ids
+    assert few_shot(whole, 0, 2) is whole
