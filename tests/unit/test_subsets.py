@@ -220,7 +220,7 @@ def test_a_domain_is_left_out_whole():
 def test_unknown_and_absent_domains_are_refused():
     with pytest.raises(UserError, match="unknown domain 'photos' of toy; did you mean 'photo'"):
         leave_out(with_domains(), "photos")
-    with pytest.raises(UserError, match="expected images of at least 2 domains in photos/caltech"):
+    with pytest.raises(UserError, match="expected at least 2 domains with several classes each in photos/caltech"):
         domains(load("photos/caltech"))
 
 
