@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 OUTPUTS :=
 
-.PHONY: setup sync test tiny book check slow links bench checkpoints gpu-jobs
+.PHONY: setup sync test tiny book check slow links bench checkpoints prompts gpu-jobs
 
 setup:        ## environment with the locked versions
 	python3 -m venv .venv && .venv/bin/pip install -q uv && .venv/bin/uv pip install -q --compile-bytecode -r requirements.lock -e .
@@ -37,6 +37,9 @@ bench:        ## our steps against the released order of operations
 
 checkpoints:  ## train the committed checkpoints again
 	$(PY) data_scripts/train_defenses.py
+
+prompts:      ## train the prompt files again; they sit on the checkpoints
+	$(PY) data_scripts/train_prompts.py
 
 gpu-jobs:     ## what still needs a GPU
 	$(PY) data_scripts/gpu_jobs.py

@@ -25,11 +25,13 @@ from .tables import (
     sanity_table,
     sets_table,
 )
+from .tuning import backbone, marked, measure_scenario, scenario_table, tune
 
 __all__ = [
     "Html",
     "Run",
     "accuracy_table",
+    "backbone",
     "batched",
     "claims_table",
     "committed_card",
@@ -42,9 +44,11 @@ __all__ = [
     "learning_curves",
     "making_table",
     "map_facts",
+    "marked",
     "measure",
     "measure_logits",
     "measure_maps",
+    "measure_scenario",
     "measure_seconds",
     "model_cards",
     "nearly_done",
@@ -54,9 +58,11 @@ __all__ = [
     "published_table",
     "rates_table",
     "sanity_table",
+    "scenario_table",
     "sets_table",
     "show",
     "start",
     "table",
     "training_cost",
+    "tune",
 ]

@@ -133,11 +133,15 @@ def measure_seconds(
     return rows
 
 
-def measure(run, defense: Defense, data: ImageSet, attacks: Sequence) -> list[Row]:
-    """Clean accuracy and accuracy under (Attack, ThreatModel) pairs, added to the run's card."""
+def measure(run, defense: Defense, data: ImageSet, attacks: Sequence, *, seed: int | None = None) -> list[Row]:
+    """Clean accuracy and accuracy under (Attack, ThreatModel) pairs, added to the run's card.
+
+    seed: of a defense that was trained with another than the run's.
+    """
     model = defense.classifier(data.class_names, data.templates)
     rows = evaluate.evaluate(
-        model, data, attacks, method=defense.name, seed=run.seed, surface=defense.attack_surface(model), store=run.store,
+        model, data, attacks, method=defense.name, seed=run.seed if seed is None else seed,
+        surface=defense.attack_surface(model), store=run.store,
         fingerprint=repr((data.class_names, data.templates)), batch_size=128,
     )  # fmt: skip
     run.card.add(rows)

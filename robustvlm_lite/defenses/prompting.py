@@ -45,6 +45,12 @@ class Style:
             precision=precision, augment=self.augment,
         )  # fmt: skip
 
+    def short(self, data: ImageSet, *, steps: int, batch: int, rate: float, precision=torch.bfloat16) -> Training:
+        """A short run of the same kind, where models and sets are small: `rate` times the paper's learning rate."""
+        whole = self.training(data, precision=precision)
+        epoch = max(steps // 10, 1)
+        return replace(whole, steps=steps, batch=min(batch, len(data)), lr=rate * self.lr, epoch=epoch, augment=False)
+
 
 APT_EPOCHS = {16: 200, 8: 200, 4: 100, 2: 100, 1: 50, 0: 200}
 STYLES = {
