@@ -28,7 +28,8 @@ class Scenario:
 def in_distribution(train: ImageSet, test: ImageSet, shots: int) -> Scenario:
     """Shots of every class, then the test split of the same set. shots = 0 takes all images."""
     _same_classes(train, test)
-    return Scenario("in-distribution", lambda seed: few_shot(train, shots, seed), {"all": test})
+    whole = replace(test, name=f"{test.name}:all")
+    return Scenario("in-distribution", lambda seed: few_shot(train, shots, seed), {"all": whole})
 
 
 def base_to_new(train: ImageSet, test: ImageSet, shots: int) -> Scenario:
@@ -42,7 +43,7 @@ def base_to_new(train: ImageSet, test: ImageSet, shots: int) -> Scenario:
 def across(train: ImageSet, test: ImageSet, others: Sequence[ImageSet], shots: int) -> Scenario:
     """Shots of one set, then its own test split and other sets, whose class names replace its own."""
     _same_classes(train, test)
-    tests = {"source": test} | {other.name: other for other in others}
+    tests = {"source": replace(test, name=f"{test.name}:source")} | {other.name: other for other in others}
     return Scenario("across data sets", lambda seed: few_shot(train, shots, seed), tests)
 
 

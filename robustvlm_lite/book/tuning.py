@@ -13,6 +13,7 @@ from ..defenses import Defense, Training
 from ..defenses.prompt_files import load_prompts, prompt_facts, save_prompts
 from ..fewshot import Scenario, Summary
 from ..records import Row
+from ..runtime import weights_sha256
 from ..threat import ThreatModel
 from .markup import Html, table
 from .measure import measure
@@ -32,32 +33,36 @@ def plan(run, name: str, train: ImageSet) -> Training:
 
 
 def tune(
-    run, name: str, carrier: ZeroShotCLIP, train: ImageSet, seed: int, *, label: str = "", spec=None, config=None
+    run, name: str, carrier: ZeroShotCLIP, train: ImageSet, seed: int, *, label: str = "", spec=None, config=None, teacher=None
 ) -> Defense:
     """A prompt-tuned defense, trained at the run's budget on `train`; a killed run finds it again.
 
-    "HEP" is the carrier itself with its hand-written templates. label: what the card calls it, where spec or config are
-    not the method's own.
+    "HEP" is the carrier itself with its hand-written templates. label: what the card calls it, where spec, config or the
+    teacher of CAPT are not the method's own.
     """
     if name == "HEP":
         defense = Defense(carrier)
         defense.name = name
         return defense
-    defense = defenses.build_prompts(name, carrier, train.class_names, spec=spec, config=config)
+    options = {} if teacher is None else {"teacher": teacher}
+    defense = defenses.build_prompts(name, carrier, train.class_names, spec=spec, config=config, **options)
     training, style, budget = plan(run, name, train), defenses.PROMPT_METHODS[name].style, run.parameters["eps_255"]
     eps = style.attack_eps or budget
     key = {"training": asdict(training) | {"precision": str(training.precision)}, "seed": seed, "eps_255": eps}
-    key = json.loads(json.dumps(key | {"data": train.sha256, "choices": defense.choices()}))
+    key |= {"data": train.sha256, "choices": defense.choices()}
+    key |= {"teacher": weights_sha256(teacher.visual)} if teacher else {}
+    key = json.loads(json.dumps(key))
     stem = f"{label or name} {train.name} {len(train)} {seed}".replace("/", "-").replace(":", "-")
     path = run.out / "trained" / f"{stem}.safetensors"
     if path.exists() and prompt_facts(path).get("key") == key:
         load_prompts(defense, path)
-        defense.history = defense.facts["history"]
+        defense.history, defense.step_seconds = defense.facts["history"], defense.facts["step_seconds"]
     else:
         steps = {"n_steps": style.attack_steps, "step_255": style.attack_step * eps}
         attack = partial(attacks.pgd, threat=ThreatModel(eps), keep="last", **steps)
         defense.fit(train, attack=attack, training=training, seed=seed, progress=False)
-        save_prompts(defense, path, backbone=run.sizes.backbone, key=key, history=defense.history)
+        told = {"key": key, "history": defense.history, "step_seconds": defense.step_seconds}
+        save_prompts(defense, path, backbone=run.sizes.backbone, **told)
     defense.name = label or name
     return defense
 

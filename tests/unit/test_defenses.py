@@ -53,7 +53,8 @@ def prepare(name, clip, photos, moved=True) -> tuple:
     defense = build(name, clip)
     if moved:
         move(defense.clip)
-    task = defense._task(photos, clip.device)
+    task = defense.task(photos)
+    task.frozen = defense._frozen(task, clip.device)
     index = torch.tensor([4, 0, 2, 1])
     x = photos.pixels(index)
     noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(1)) * 2 - 1

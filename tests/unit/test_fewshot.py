@@ -38,7 +38,7 @@ def test_shots_follow_the_seed_and_tests_do_not():
     scenario = fewshot.in_distribution(TRAIN, TEST, 2)
     one, again, two = (scenario.train(seed) for seed in (1, 1, 2))
     assert one.labels.bincount().tolist() == [2] * 5 and one.ids == again.ids != two.ids
-    assert scenario.tests == {"all": TEST}
+    assert scenario.tests["all"].ids == TEST.ids and scenario.tests["all"].name == "toy:all"
     assert len(fewshot.in_distribution(TRAIN, TEST, 0).train(1)) == len(TRAIN)
 
 
