@@ -9,7 +9,7 @@ from functools import partial
 from .. import attacks, defenses
 from ..clip import ZeroShotCLIP
 from ..data import ImageSet
-from ..defenses import Defense, Training
+from ..defenses import Defense, PromptTraining
 from ..defenses.prompt_files import load_prompts, prompt_facts, save_prompts
 from ..fewshot import Scenario, Summary
 from ..records import Row
@@ -24,7 +24,7 @@ def backbone(run) -> ZeroShotCLIP:
     return defenses.load_defense(run.sizes.backbone, run.load_clip()).clip
 
 
-def plan(run, name: str, train: ImageSet) -> Training:
+def plan(run, name: str, train: ImageSet) -> PromptTraining:
     """The paper's training of a method, or the profile's short one: its steps and batch, its factor on the paper's rate."""
     style, short = defenses.PROMPT_METHODS[name].style, getattr(run.sizes, "tuning", None)
     if not short:

@@ -15,14 +15,14 @@ from .checkpoints import load_change, read_facts, save_change
 from .finetuning import FARE, PMGAFT, FTAdv, FTClean, TeCoA
 from .prompt_files import KIND, load_prompts, prompt_facts, save_prompts
 from .prompt_tuning import RIVALS, LinearProbe
-from .prompting import Method, PromptTuning, gradient_shares, scaled_spec
+from .prompting import Method, PromptTraining, PromptTuning, gradient_shares, scaled_spec
 from .tga_zsr import PRESETS, TGAZSR, CompTGA, TGAConfig, VisionGuided
 from .training import FineTuning, Training
 
 __all__ = [
-    "METHODS", "PRESETS", "PROMPT_METHODS", "Defense", "FineTuning", "Method", "PromptTuning", "TGAConfig", "Training",
-    "TrainingAttack", "build", "build_prompts", "gradient_shares", "load_defense", "names", "read_facts", "save_change",
-    "save_prompts", "search_results",
+    "METHODS", "PRESETS", "PROMPT_METHODS", "Defense", "FineTuning", "Method", "PromptTraining", "PromptTuning", "TGAConfig",
+    "Training", "TrainingAttack", "build", "build_prompts", "gradient_shares", "load_defense", "names", "read_facts",
+    "save_change", "save_prompts", "search_results",
 ]  # fmt: skip
 
 STRICT = PRESETS["strict"]

@@ -4,11 +4,13 @@ In a step the prompts are built and the text is encoded once, with a graph. The 
 it neither encodes text again nor reaches the prompts; clean and attacked images then go through the towers once each.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from ..clip import ZeroShotCLIP
 from ..data import ImageSet
@@ -16,6 +18,30 @@ from ..prompts import PromptedCLIP, PromptLearner, Prompts, PromptSpec
 from ..runtime import UserError
 from . import terms
 from .training import Batch, Task, Trained, Training, collapsed_at
+
+WARMUP = 1e-5  # learning rate of the first epoch
+
+
+@dataclass(frozen=True)
+class PromptTraining(Training):
+    """Steps of prompt tuning, in the schedule of CoOp (Zhou et al. 2022) and its followers, with SGD.
+
+    epoch: its steps; the first runs at 1e-5, then a cosine moves once an epoch. augment: each image resized from a random
+    crop and mirrored or not, before it is attacked (bilinear; the papers' is bicubic).
+    """
+
+    epoch: int = 1
+    weight_decay: float = 0.0
+    augment: bool = False
+
+    def optimizer_of(self, parameters: Sequence[torch.nn.Parameter]) -> tuple[torch.optim.Optimizer, LRScheduler]:
+        optimizer = torch.optim.SGD(parameters, lr=self.lr, momentum=0.9, weight_decay=self.weight_decay)
+        return optimizer, LambdaLR(optimizer, self._share)
+
+    def _share(self, step: int) -> float:
+        """Of the learning rate, as Dassl gives it to CoOp: the cosine starts one epoch late and never reaches 0."""
+        epoch = step // self.epoch
+        return (1 + math.cos(math.pi * (epoch - 1) * self.epoch / self.steps)) / 2 if epoch else WARMUP / self.lr
 
 
 @dataclass(frozen=True)
@@ -35,17 +61,17 @@ class Style:
     weight_decay: float = 5e-4  # Dassl's default, which also acts on prompts
     augment: bool = False
 
-    def training(self, data: ImageSet, shots: int = 16, precision: torch.dtype | None = None) -> Training:
+    def training(self, data: ImageSet, shots: int = 16, precision: torch.dtype | None = None) -> PromptTraining:
         """The paper's steps on this training set, in epochs that leave an unfilled batch out."""
         epoch = max(len(data) // self.batch, 1)
         epochs = self.epochs if isinstance(self.epochs, int) else self.epochs.get(shots, self.epochs[0])
         batch = min(self.batch, len(data))
-        return Training(
+        return PromptTraining(
             steps=epoch * epochs, batch=batch, lr=self.lr, weight_decay=self.weight_decay, epoch=epoch,
             precision=precision, augment=self.augment,
         )  # fmt: skip
 
-    def short(self, data: ImageSet, *, steps: int, batch: int, rate: float, precision=torch.bfloat16) -> Training:
+    def short(self, data: ImageSet, *, steps: int, batch: int, rate: float, precision=torch.bfloat16) -> PromptTraining:
         """A short run of the same kind, where models and sets are small: `rate` times the paper's learning rate."""
         whole = self.training(data, precision=precision)
         epoch = max(steps // 10, 1)

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, LRScheduler, SequentialLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 from tqdm import tqdm
 
 from ..clip import ZeroShotCLIP
@@ -19,17 +19,12 @@ from ..runtime import UserError, generator
 from ..views import base_views
 from .base import Defense, TrainingAttack
 
-COOP_WARMUP = 1e-5  # learning rate of CoOp's first epoch
-
 
 @dataclass(frozen=True)
 class Training:
-    """Optimizer and sizes. The defaults are the paper's (TGA-ZSR 4.1 and its code: 10 epochs of Tiny-ImageNet).
+    """Optimizer and sizes. The defaults are the paper's (TGA-ZSR 4.1 and its code: 10 epochs of Tiny-ImageNet)."""
 
-    epoch: steps of an epoch, for the schedule of CoOp and its followers (Zhou et al. 2022): the first at 1e-5, then a
-    cosine that moves once an epoch; 0 takes the linear warm-up. augment: each image resized from a random crop, then
-    mirrored or not, before it is attacked.
-    """
+    augment = False  # whether no image comes twice: `prompting.PromptTraining` can crop and mirror
 
     steps: int = 7820
     batch: int = 128
@@ -37,9 +32,6 @@ class Training:
     lr: float = 1e-4
     warmup: int = 1000  # linear, then cosine to 0
     precision: torch.dtype | None = torch.bfloat16
-    weight_decay: float = 0.0
-    epoch: int = 0
-    augment: bool = False
 
     def __post_init__(self):
         if self.optimizer not in ("sgd", "adamw"):
@@ -50,22 +42,15 @@ class Training:
     def optimizer_of(self, parameters: Sequence[torch.nn.Parameter]) -> tuple[torch.optim.Optimizer, LRScheduler]:
         """The optimizer of these parameters and the schedule of its rate, which moves once a step."""
         if self.optimizer == "sgd":
-            optimizer = torch.optim.SGD(parameters, lr=self.lr, momentum=0.9, weight_decay=self.weight_decay)
+            optimizer = torch.optim.SGD(parameters, lr=self.lr, momentum=0.9)
         else:
-            optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)
-        if self.epoch:
-            return optimizer, LambdaLR(optimizer, self._coop_share)
+            optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=0.0)
         warmup = min(self.warmup, self.steps // 8 + 1)
         parts = [
             LinearLR(optimizer, 1 / max(warmup, 1), total_iters=warmup),
             CosineAnnealingLR(optimizer, max(self.steps - warmup, 1)),
         ]
         return optimizer, SequentialLR(optimizer, parts, [warmup])
-
-    def _coop_share(self, step: int) -> float:
-        """Of the learning rate, as Dassl gives it to CoOp: the cosine starts one epoch late and never reaches 0."""
-        epoch = step // self.epoch
-        return (1 + math.cos(math.pi * (epoch - 1) * self.epoch / self.steps)) / 2 if epoch else COOP_WARMUP / self.lr
 
 
 @dataclass

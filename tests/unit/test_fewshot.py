@@ -11,7 +11,7 @@ from robustvlm_lite import data, fewshot
 from robustvlm_lite.attacks import get_attack
 from robustvlm_lite.clip import random_clip as make_random_clip
 from robustvlm_lite.data import ImageSet
-from robustvlm_lite.defenses import Training, build_prompts
+from robustvlm_lite.defenses import PromptTraining, build_prompts
 from robustvlm_lite.evaluate import evaluate
 from robustvlm_lite.records import Row, records_table
 from robustvlm_lite.runtime import UserError
@@ -153,7 +153,7 @@ def test_a_scenario_runs_from_shots_to_summary():
     for name in ("APT", "FAP"):
         for seed in (1, 2):
             defense = build_prompts(name, clip)
-            training = Training(steps=1, batch=3, lr=0.01, epoch=1, precision=None)
+            training = PromptTraining(steps=1, batch=3, lr=0.01, epoch=1, precision=None)
             defense.fit(scenario.train(seed), attack=ATTACK, training=training, seed=seed, progress=False)
             for part in scenario.tests.values():
                 model = defense.classifier(part.class_names)

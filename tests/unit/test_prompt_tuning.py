@@ -11,7 +11,7 @@ from toy_prompts import NAMES, in_float32, toy_clip
 from toy_tuning import ATTACK, SHORT, in_step, kl, photos, reference
 
 from robustvlm_lite.clip import random_clip as another_clip
-from robustvlm_lite.defenses import PROMPT_METHODS, Training, build_prompts, gradient_shares
+from robustvlm_lite.defenses import PROMPT_METHODS, PromptTraining, build_prompts, gradient_shares
 from robustvlm_lite.defenses.capt import READINGS, Choices
 from robustvlm_lite.defenses.prompt_tuning import Weight
 from robustvlm_lite.defenses.prompting import STYLES, scaled_spec
@@ -370,7 +370,7 @@ def test_gradient_shares_are_ratios_of_lengths(clip):
 def test_coops_schedule_is_dassls():
     """An epoch at 1e-5, then a cosine that starts one epoch late; the logged rate of FAP in its third epoch."""
     parameter = torch.nn.Parameter(torch.zeros(1))
-    optimizer, schedule = Training(steps=50, batch=4, lr=0.0035, epoch=5).optimizer_of([parameter])
+    optimizer, schedule = PromptTraining(steps=50, batch=4, lr=0.0035, epoch=5).optimizer_of([parameter])
     rates = []
     for _ in range(50):
         rates.append(optimizer.param_groups[0]["lr"])

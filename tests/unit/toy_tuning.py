@@ -8,12 +8,12 @@ from toy_prompts import NAMES, reference_image, reference_text
 
 from robustvlm_lite.attacks import pgd
 from robustvlm_lite.data import ImageSet
-from robustvlm_lite.defenses import Training, build_prompts
+from robustvlm_lite.defenses import PromptTraining, build_prompts
 from robustvlm_lite.threat import ThreatModel
 
 TEMPLATES = ("a photo of a {}.", "a {}.")
 ATTACK = partial(pgd, threat=ThreatModel(2), n_steps=2, step_255=2.0, keep="last")
-SHORT = Training(steps=3, batch=4, lr=0.1, epoch=1, precision=None)
+SHORT = PromptTraining(steps=3, batch=4, lr=0.1, epoch=1, precision=None)
 
 
 def photos(n: int = 12, side: int = 32, seed: int = 0, name: str = "toy", names=NAMES) -> ImageSet:
