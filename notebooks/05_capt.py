@@ -140,8 +140,11 @@ book.show(fig, "problem", alt="A test image, its attacked copy that looks the sa
 #
 # In the text, learned vectors take the place of the first words of "a photo of a". In the image they follow the patches,
 # without a position. At the input of each deeper prompted block their places are filled anew, as in
-# MaPLe {cite}`khattak2023maple`. Whether CAPT ties both towers' prompts is not known; ours are independent, and the
-# ablation below removes one side at a time.
+# MaPLe {cite}`khattak2023maple`.
+#
+# Whether CAPT ties both towers' prompts is not known; ours are independent, and the ablation below removes one side at a
+# time. A second open question hides here: the tokens themselves take part in attention, so an attacker can move what they
+# read. That is why every attack of this page goes through them.
 
 # %%
 spec = capt.PROMPTS
@@ -163,7 +166,8 @@ torch.testing.assert_close(bare.classifier(task.class_names)(x), one_template(x)
 #
 # $$L = \mathrm{CE}(p_{tr}(x), y) + \lambda\,\big[(1-\alpha)\,\mathrm{KL}(p_{tr}(x)\,\|\,p_{tr}(x_a)) + \alpha\,\mathrm{KL}(p_{fz}(x)\,\|\,p_{tr}(x_a))\big]$$
 #
-# Cross-entropy is taken on clean images only. The first divergence is TRADES {cite}`zhang2019trades` over prompts. The
+# Cross-entropy is taken on clean images only, unlike in APT, which trains on attacked images alone and so has nothing that
+# holds the clean answers. The first divergence is TRADES {cite}`zhang2019trades` over prompts. The
 # second asks the attacked answer to agree with what the frozen model said of the clean image.
 
 
@@ -176,9 +180,8 @@ def my_kl(target, logits):
 
 def my_loss(clean, adv, frozen, y, alpha, weight=1.5):
     """The three terms of CAPT from logits [B, C] and a weight alpha [B]."""
-    own, other = my_kl(clean, adv), my_kl(frozen, adv)
-    bracket = ((1 - alpha) * own).mean(), (alpha * other).mean()
-    return {"ce": F.cross_entropy(clean, y), "kl_train": weight * bracket[0], "kl_frozen": weight * bracket[1]}
+    own, other = ((1 - alpha) * my_kl(clean, adv)).mean(), (alpha * my_kl(frozen, adv)).mean()
+    return {"ce": F.cross_entropy(clean, y), "kl_train": weight * own, "kl_frozen": weight * other}
 
 
 # %% [markdown]
@@ -209,6 +212,7 @@ def my_alpha(frozen, tuned, y):
     return torch.sigmoid(losses[0] - losses[1])
 
 
+# %%
 batch_of = untrained.task(task)
 batch_of.frozen = untrained.frozen(batch_of, x, y)
 batch = untrained.batch(batch_of, torch.arange(len(x), device=run.device), x, y)
@@ -221,8 +225,7 @@ for name, value in mine.items():
 {name: round(value.item(), 3) for name, value in mine.items()}
 
 # %%
-p_tr = torch.linspace(0.02, 0.99, 50)
-curves = {}
+p_tr, curves = torch.linspace(0.02, 0.99, 50), {}
 for reading, p_fz in (("A1", 0.8), ("A1", 0.4), ("A3", 0.8), ("A2", 0.8)):
     pair = [torch.stack([p, 1 - p], 1).log() for p in (torch.full_like(p_tr, p_fz), p_tr)]
     weight = capt.READINGS[reading](*pair, torch.zeros(50, dtype=torch.int64))
@@ -233,7 +236,9 @@ book.show(fig, "readings", alt="Trust in the frozen model against the tuned mode
 
 # %% [markdown]
 # A consequence is visible before any training. On the few images that prompts are tuned on, the tuned model's probability of
-# the true class tends to one. Then A1 falls to $p_{fz} / (1 + p_{fz})$, which is at most one half, and A3 falls to zero,
+# the true class tends to one.
+#
+# Then A1 falls to $p_{fz} / (1 + p_{fz})$, which is at most one half, and A3 falls to zero,
 # however good the frozen model is. The frozen model's say is *self-limiting*. That is the paper's own first open question.
 #
 # ## Paper versus code
@@ -292,6 +297,7 @@ def tuned(scenario, methods, **options):
     return {s: [book.tune(run, m, carrier, scenario.train(s), s, **options) for m in methods] for s in sizes.seeds}
 
 
+# %%
 models = tuned(scenario, sizes.methods)
 by_name = {d.name: d for d in models[sizes.seeds[0]]}
 history = {s: next(d.history for d in models[s] if d.name == "CAPT") for s in sizes.seeds}
@@ -339,6 +345,9 @@ book.published_table("05_capt")
 # tower with hand-written prompts is inaccurate even on clean images (published), and there a gain of the claimed size is
 # possible.
 #
+# Why is the linear head in the table? It is the simplest thing that shots can buy: no prompt, no new class, the tower's
+# features as they are. A prompt method that does not beat it on its own task has bought generality, not accuracy.
+#
 # The bars compare image by image. All seeds meet the same images and attack starts differ by seed, so each bar pools the
 # pairs of one seed.
 
@@ -382,6 +391,12 @@ for part, seeds in beyond:
     display(book.scenario_table(general[part.name][1], caption=f"{part.name}, {tests[1].name}, {sizes.shots} shots, {attacked}."))
 
 # %% [markdown]
+# Two things to look for. On *base*, tuning should help, as on any task with shots. On *new*, no method can win by learning
+# the classes: prompts that fit the base classes closely tend to lose there, and hand-written prompts are the line to beat.
+#
+# A frozen model in the loss is an argument about exactly this column. If CAPT's new classes fall as far as APT's, the
+# frozen answers did not protect what the prompts forgot.
+#
 # The harmonic mean takes all numbers of a line together and punishes the lowest. A method that gains on base classes by
 # forgetting the new ones falls behind there.
 #
@@ -491,6 +506,9 @@ book.show(plots.convergence(trust, quantity="mean α of the batch", steps="tunin
           caption=f"How the readings move while prompts are tuned on {shots.name}, seed {main}.")  # fmt: skip
 
 # %% [markdown]
+# The figure shows each reading at work. A2 follows the teacher alone and hardly moves. A1 and A3 fall as the shots are
+# learned; A7, which sees no label, follows confidence instead of correctness, and so can trust a model that is surely wrong.
+#
 # Rows of one seed on a hundred images separate large effects only; the intervals say which. Two comparisons are worth more
 # than the rest. Against the best *constant*, an adaptive weight has to earn its name. And the teacher before TeCoA separates
 # "keep what CLIP knows" from "keep what the robust tower knows".
@@ -505,6 +523,10 @@ book.show(plots.cost_scatter(points, cost="seconds per tuning step"), "cost",
           caption=f"Price and yield of a tuning step of {min(sizes.tuning['batch'] if hasattr(sizes, 'tuning') else 32, len(shots))} images in this run; medians.")  # fmt: skip
 
 # %% [markdown]
+# The left edge of the figure is where a defense should be, at the top. PAFT is cheap because it needs no gradient through
+# the tower after the attack; text contexts alone save the gradient through the image tower; prompts in both towers need
+# both.
+#
 # A step costs the attack and two passes. The text is encoded once a step, and the frozen model's answers are computed once
 # for the whole tuning; `benchmarks/prompt_step.py` measures what that saves against computing everything where it is used.
 #
