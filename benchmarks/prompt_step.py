@@ -32,7 +32,6 @@ from robustvlm_lite.attention import as_distribution, bidirectional_map, map_div
 from robustvlm_lite.clip import ZeroShotCLIP, load_clip
 from robustvlm_lite.defenses import PROMPT_METHODS, build_prompts
 from robustvlm_lite.prompts import PromptedCLIP
-from robustvlm_lite.prompts.tail import Tail
 from robustvlm_lite.runtime import generator
 from robustvlm_lite.threat import ThreatModel
 
@@ -110,7 +109,7 @@ class Straightforward:
     def maps(self, x: Tensor) -> tuple[Tensor, Tensor]:
         model, heads = self.model, self.model.clip.visual.transformer.resblocks[-1].attn.num_heads
         tail, text = model.image_tail(x), model.text_tail()
-        own = Tail(*(getattr(text, n)[self.y] for n in ("q", "k", "v", "o", "r", "content", "seen")))
+        own = text.take(self.y)
         features = (model.head_image(tail.o, tail.r), model.head_text(own.o, own.r))
         score = F.cosine_similarity(*features, dim=1).sum()
         w_image, w_text = torch.autograd.grad(score, (tail.o, own.o), create_graph=True)

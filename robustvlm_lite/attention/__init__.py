@@ -4,9 +4,10 @@ A map is [B, N] over the N patches, row by row. What is compared or shown lies i
 which order pixels and weigh views, keep their own scale and any leading dimensions.
 """
 
-from .bidirectional import FUSIONS, NORMS, as_distribution, bidirectional_map, map_divergence
+from .bidirectional import FUSIONS, NORMS, as_distribution, bidirectional_map, both_maps, explain, map_divergence
 from .convolution import pool_rollout, sharpen, stage_cam
 from .distance import METRICS, gram, map_distance
+from .faithfulness import area, patch_curve
 from .guide import FORMS, guide, guide_pixels
 from .overlap import center_prior, iou, map_iou, mask_map, random_map
 from .rollout import attention_rollout, gar, gradient_rollout
@@ -23,14 +24,17 @@ __all__ = [
     "NORMS",
     "SCALES",
     "TOKEN_NORMS",
+    "area",
     "as_distribution",
     "attention_rollout",
     "bidirectional_map",
+    "both_maps",
     "center_prior",
     "clip_top",
     "cls_map",
     "cls_row",
     "complementary_map",
+    "explain",
     "gar",
     "grad_cam",
     "gradient_rollout",
@@ -45,6 +49,7 @@ __all__ = [
     "mask_map",
     "minmax",
     "named_maps",
+    "patch_curve",
     "pool_rollout",
     "random_map",
     "sharpen",

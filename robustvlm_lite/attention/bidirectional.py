@@ -7,11 +7,13 @@ et al., ICML 2024) without its ReLU. w crosses the output projection and the MLP
 no second derivative of attention. S is often linear in the other tower's feature; then so is A.
 """
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..prompts import Tail
+from ..prompts import PromptedCLIP, Tail
 from ..runtime import UserError, near_miss
 
 FUSIONS = ("F1", "F2", "F3", "F4", "F5a", "F5b")
@@ -45,6 +47,33 @@ def bidirectional_map(tail: Tail, w: Tensor, n_heads: int, fusion: str = "F1") -
         else:
             a = {"F1": forward * backward, "F5a": forward, "F5b": backward}[fusion]
     return a * tail.seen
+
+
+def both_maps(
+    model: PromptedCLIP, image: Tail, text: Tail, score: Tensor, fusion: str = "F1", *, create_graph: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Maps over the patches [B, P] and over the text [B, L] of each image for its own text.
+
+    image, text: tails with B rows each, from which `score` [B] was computed; row i of the score must read row i alone.
+    """
+    w_image, w_text = torch.autograd.grad(score.sum(), (image.o, text.o), create_graph=create_graph)
+    heads = (tower.resblocks[-1].attn.num_heads for tower in (model.clip.visual.transformer, model.clip.model.transformer))
+    a_image = bidirectional_map(image, w_image, next(heads), fusion)[:, image.content[0]]
+    return a_image, bidirectional_map(text, w_text, next(heads), fusion)
+
+
+def explain(model: PromptedCLIP, x: Tensor, classes: Tensor, fusion: str = "F1") -> tuple[Tensor, Tensor, Tensor]:
+    """(image map [B, P], text map [B, L], its content [B, L]) of cos(z_v, z_t) for these classes [B], without a graph.
+
+    Signed, and not stretched to [0, 1]. x: pixels [B, 3, H, W].
+    """
+    with torch.enable_grad():
+        prompts = model.constants()[0]
+        image, text = model.image_tail(x.detach().requires_grad_(), prompts), model.text_tail(prompts).take(classes)
+        text = replace(text, o=text.o.requires_grad_())  # no prompt has a graph here: this is where the gradient ends
+        score = F.cosine_similarity(model.head_image(image.o, image.r), model.head_text(text.o, text.r), dim=-1)
+        maps = both_maps(model, image, text, score, fusion)
+    return *(m.detach() for m in maps), text.content
 
 
 def _stretched(weight: Tensor, content: Tensor) -> Tensor:

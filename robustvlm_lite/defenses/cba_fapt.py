@@ -139,18 +139,11 @@ class CBAFAPT(PromptTuning):
 
         Each image has its own copy of its class's text output, so that its gradient there is its own.
         """
-        c, model, heads = self.config, batch.task.model, self._heads()
-        of = self._classes(features, batch)
-        own = batch.tail.o[of]
-        score = self._score(features, F.normalize(model.head_text(own, batch.tail.r[of]), dim=-1), of, batch)
-        w_image, w_text = torch.autograd.grad(score.sum(), (image.o, own), create_graph=True)
-        patches = image.content[0]
-        text = Tail(*(getattr(batch.tail, name)[of] for name in ("q", "k", "v", "o", "r", "content", "seen")))
-        return Maps(
-            attention.bidirectional_map(image, w_image, heads[0], c.fusion)[:, patches],
-            attention.bidirectional_map(text, w_text, heads[1], c.fusion),
-            text.content,
-        )
+        model, of = batch.task.model, self._classes(features, batch)
+        text = batch.tail.take(of)
+        score = self._score(features, F.normalize(model.head_text(text.o, text.r), dim=-1), of, batch)
+        found = attention.both_maps(model, image, text, score, self.config.fusion, create_graph=True)
+        return Maps(*found, text.content)
 
     def _classes(self, features: Tensor, batch: MapBatch) -> Tensor:
         """The class [2 B] that each image's maps explain."""
@@ -165,10 +158,6 @@ class CBAFAPT(PromptTuning):
             return self.config.score_scale * cosine
         logits = self.logits(features, batch).scatter(1, of[:, None], (self.clip.logit_scale * cosine)[:, None])
         return logits.log_softmax(dim=1).gather(1, of[:, None])[:, 0]
-
-    def _heads(self) -> tuple[int, int]:
-        towers = (self.clip.visual.transformer, self.clip.model.transformer)
-        return tuple(tower.resblocks[-1].attn.num_heads for tower in towers)
 
 
 def _at_length(maps: Tensor, length: str) -> Tensor:

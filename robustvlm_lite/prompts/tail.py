@@ -5,7 +5,7 @@ other token's query, and no other token's MLP, has a say in it. So the split is 
 attribution needs (Grad-ECLIP; CBA-FAPT, Eq. 4 to 8).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,10 @@ class Tail:
     r: Tensor
     content: Tensor
     seen: Tensor
+
+    def take(self, rows: Tensor) -> "Tail":
+        """The inputs at `rows` [M], each as often as it is named, as copies in the graph."""
+        return Tail(*(getattr(self, f.name)[rows] for f in fields(self)))
 
 
 def split_block(block: nn.Module, x: Tensor, at: Tensor, content: Tensor, seen: Tensor | None = None) -> Tail:

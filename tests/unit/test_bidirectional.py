@@ -8,7 +8,16 @@ import torch.nn.functional as F
 from toy_prompts import NAMES, SPECS, images, prompted, toy_clip
 from toy_tuning import in_step
 
-from robustvlm_lite.attention import FUSIONS, NORMS, as_distribution, bidirectional_map, map_divergence
+from robustvlm_lite.attention import (
+    FUSIONS,
+    NORMS,
+    area,
+    as_distribution,
+    bidirectional_map,
+    explain,
+    map_divergence,
+    patch_curve,
+)
 from robustvlm_lite.clip import ZeroShotCLIP
 from robustvlm_lite.defenses import build_prompts, gradient_shares
 from robustvlm_lite.defenses.cba_fapt import FULL, Choices
@@ -31,7 +40,7 @@ def tails(clip):
     own = text.o[Y]
     score = F.cosine_similarity(model.head_image(image.o, image.r), model.head_text(own, text.r[Y]), dim=-1)
     w_image, w_text = torch.autograd.grad(score.sum(), (image.o, own), create_graph=True)
-    text = type(text)(*(getattr(text, name)[Y] for name in ("q", "k", "v", "o", "r", "content", "seen")))
+    text = text.take(Y)
     towers = (clip.visual.transformer, clip.model.transformer)
     blocks = [tower.resblocks[-1] for tower in towers]
     return {
@@ -125,17 +134,59 @@ def test_the_text_map_is_linear_in_the_image_feature(clip):
     defense, batch = in_step("CBA-FAPT", clip)
     batch.y = torch.tensor([1])
     a, b = F.normalize(torch.randn(2, 16, generator=torch.Generator().manual_seed(0)).double(), dim=1).split(1)
-    tail = batch.task.model.image_tail(batch.x[:1])
 
     def text_map(feature):
         own = batch.tail.o[batch.y]
         score = (feature * F.normalize(batch.task.model.head_text(own, batch.tail.r[batch.y]), dim=1)).sum()
         (w,) = torch.autograd.grad(score, own, retain_graph=True)
-        one = type(tail)(*(getattr(batch.tail, n)[batch.y] for n in ("q", "k", "v", "o", "r", "content", "seen")))
+        one = batch.tail.take(batch.y)
         return bidirectional_map(one, w, 2)
 
     close(text_map(2 * a - 3 * b), 2 * text_map(a) - 3 * text_map(b))
     assert text_map(a).abs().max() > 0
+
+
+@pytest.mark.parametrize("name", ["FAP", "TPT"])
+def test_explain_is_the_map_of_each_image_alone(clip, name):
+    """With learned prompts, and where no prompt is in the image."""
+    model, x = prompted(clip, SPECS[name]), images()
+    image_map, text_map, content = explain(model, x, Y)
+    for i in range(3):
+        tail, text = model.image_tail(x[i : i + 1].requires_grad_()), model.text_tail().take(Y[i : i + 1])
+        score = F.cosine_similarity(model.head_image(tail.o, tail.r), model.head_text(text.o, text.r)).sum()
+        w_v, w_t = torch.autograd.grad(score, (tail.o, text.o))
+        close(image_map[i], written_out(tail, w_v, 4, "F1")[tail.content].detach())
+        close(text_map[i], written_out(text, w_t, 2, "F1")[0].detach())
+        assert torch.equal(content[i], text.content[0])
+    assert not image_map.requires_grad and all(p.grad is None for p in model.parameters())
+
+
+# --- faithfulness
+
+
+def test_patches_go_in_the_order_of_the_map():
+    """A model that only sees the upper left patch: deleting it first drops the answer at once, last at the end."""
+    x = torch.full((1, 3, 8, 8), 0.1)
+    x[:, :, :4, :4] = 0.9
+
+    def model(images):
+        lit = images[:, :, :4, :4].mean((1, 2, 3))
+        return torch.stack([20 * lit, torch.full_like(lit, 10.0)], 1)
+
+    zero, first = torch.zeros(1, dtype=torch.int64), torch.tensor([[4.0, 3.0, 2.0, 1.0]])
+    on, off = (model(v).softmax(1)[0, 0].item() for v in (x, x.mean((2, 3), keepdim=True).expand_as(x)))
+    for order, way, values in (
+        (first, "deletion", [on, off, off, off, off]),
+        (-first, "deletion", [on, on, on, on, off]),
+        (first, "insertion", [off, on, on, on, on]),
+        (-first, "insertion", [off, off, off, off, on]),
+    ):
+        curve = patch_curve(model, x, zero, order, way, n_steps=4)
+        assert curve[0].tolist() == pytest.approx(values), (order, way)
+        assert area(curve).item() == pytest.approx((sum(values) - (values[0] + values[-1]) / 2) / 4)
+    for bad in ({"way": "removal"}, {"maps": torch.ones(1, 5)}, {"maps": torch.ones(1, 9)}):
+        with pytest.raises(UserError, match="square grid that divides 8 pixels"):
+            patch_curve(model, x, zero, **{"maps": first, "way": "deletion"} | bad)
 
 
 # --- distributions and their divergence
@@ -203,7 +254,7 @@ def by_hand(defense, batch):
                 logits = model.clip.logit_scale * torch.cat([z @ z_t.T, z @ every[rest].T], dim=1)
                 score = logits.log_softmax(1)[0, 0]
             w_v, w_t = torch.autograd.grad(score, (image.o, own), create_graph=True)
-            one = type(text)(*(getattr(text, n)[[of]] for n in ("q", "k", "v", "o", "r", "content", "seen")))
+            one = text.take(torch.tensor([of]))
             a_v = bidirectional_map(image, w_v, heads[0], c.fusion)[image.content]
             a_t = bidirectional_map(one, w_t, heads[1], c.fusion)
             a_v = {"none": a_v, "l1": a_v / a_v.abs().sum(), "l2": a_v / a_v.norm()}[c.length]
