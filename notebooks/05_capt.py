@@ -441,30 +441,22 @@ book.sanity_table(checks)
 
 
 # %%
-def softened(model, y, divisor=10.0):
-    """Cross-entropy of logits over `divisor`: the same answers, gradients that do not vanish."""
+def softened(model, x, y, divisor=10.0):
+    """Objective: cross-entropy of logits over `divisor`: the same answers, gradients that do not vanish."""
     return lambda x_adv: F.cross_entropy(model(x_adv).float() / divisor, y, reduction="none")
 
 
-class Away:
-    """Objective: leave the clean answer, the thing that the consistency term ties down; images arrive in batches."""
-
-    def __call__(self, model, y):
-        home = []
-
-        def objective(x_adv):
-            z = model(x_adv).float()
-            home.append(z.detach()) if not home else None  # the random start stands for the clean image
-            return my_kl(home[0], z) + F.cross_entropy(z, y, reduction="none") / 10
-
-        return objective
+def away(model, x, y):
+    """Objective: leave the clean answer, which the consistency term ties down, and the label with it."""
+    with torch.no_grad():
+        home = model(x).float()
+    return lambda x_adv: my_kl(home, model(x_adv).float()) + softened(model, x, y)(x_adv)
 
 
-soft = attacks.attack_on(lambda model, x, y: softened(model, y), f"softened-{pgd.n_steps}", pgd.n_steps)
-away = attacks.attack_on(lambda model, x, y: Away()(model, y), f"away-{pgd.n_steps}", pgd.n_steps)
+by_hand = [attacks.attack_on(make, f"{make.__name__}-{pgd.n_steps}", pgd.n_steps) for make in (softened, away)]
 
 # %%
-strong = [attacks.get_attack(sizes.pgd.replace("pgd", "cw")), soft, away, attacks.get_attack(sizes.autoattack)]
+strong = [attacks.get_attack(sizes.pgd.replace("pgd", "cw")), *by_hand, attacks.get_attack(sizes.autoattack)]
 STRONG = ["HEP", "TRADES", "CAPT"]
 hit = [r for m in STRONG for r in book.measure(run, by_name[m], scenario.tests["all"], [(a, threat) for a in (pgd, *strong)], seed=main)]
 worst = [evaluate.worst_case([r for r in hit if r.method == m]) for m in STRONG]

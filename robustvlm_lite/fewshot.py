@@ -43,7 +43,8 @@ def base_to_new(train: ImageSet, test: ImageSet, shots: int) -> Scenario:
 def across(train: ImageSet, test: ImageSet, others: Sequence[ImageSet], shots: int) -> Scenario:
     """Shots of one set, then its own test split and other sets, whose class names replace its own."""
     _same_classes(train, test)
-    tests = {"source": replace(test, name=f"{test.name}:source")} | {other.name: other for other in others}
+    tests = {"source": replace(test, name=f"{test.name}:source")}
+    tests |= {other.name: replace(other, name=f"{other.name}:across") for other in others}
     return Scenario("across data sets", lambda seed: few_shot(train, shots, seed), tests)
 
 
