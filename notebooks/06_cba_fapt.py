@@ -372,7 +372,9 @@ book.published_table("06_cba_fapt")
 # {glue:text}`new-no-maps:.0f`, FAP {glue:text}`new-FAP:.0f`, hand-written prompts {glue:text}`new-HEP:.0f`.
 #
 # Read the published columns with three reservations. The row *L_adv* equals FAP's published row for AdvMaPLe, whose prompts
-# are coupled the other way, so the first step of the ablation changes more than a loss. No standard deviations are given;
+# are coupled the other way, so the first step of the ablation changes more than a loss.
+#
+# No standard deviations are given;
 # FAP's own on new classes are several points (published). And FAP's paper reports that a natural loss beside the adversarial
 # one *hurts*, where this one reports that it helps most.
 
@@ -452,9 +454,9 @@ def evidence_down(model, x, y):
     weight, margin = F.normalize(home.relu(), dim=1), attacks.margin(model, y)
 
     def objective(x_adv):
-        image, text = model.image_tail(x_adv), model.text_tail().take(y)
-        text = replace(text, o=text.o.detach().requires_grad_())
-        now, _ = attention.both_maps(model, image, text, my_score(model, image, text), create_graph=True)
+        with torch.enable_grad():  # the map is itself a gradient, also where only its value is asked
+            image, text = model.image_tail(x_adv), model.text_tail().take(y)
+            now, _ = attention.both_maps(model, image, text, my_score(model, image, text), create_graph=True)
         push = -(now * weight).sum(1) / (home * weight).sum(1).clamp_min(1e-6)
         return margin(x_adv) + push - push.detach()  # the best iterate is the one with the best margin
 
@@ -533,6 +535,8 @@ book.accuracy_table(ablation, columns=columns, caption=f"{test.name}, seed {main
 # %% [markdown]
 # The two rows on top are the base and the whole; between them lies all that the maps can claim. The rows of single terms say
 # which of the two maps, if any, it came from, and *FAP's loss* puts the maps where the method's name says that they are.
+#
+# Under F5a the text term is exactly zero: its forward weight never sees the image.
 #
 # If F5a, which needs no gradient, does as well as F1, "bidirectional" is not needed. If F3, which cuts negative evidence, does
 # as well, keeping it is not needed. If all rows agree within their intervals, the term hardly matters at its weight, which is

@@ -102,9 +102,9 @@ def as_distribution(a: Tensor, content: Tensor, norm: str = "N1") -> Tensor:
     a = a * content
     parts = {"N1": [a.relu(), (-a).relu()], "N2": [a.relu()], "N3": [a.abs()]}[norm]
     mass, room = torch.cat(parts, dim=1), content.repeat(1, len(parts)).to(a.dtype)
-    share = mass / mass.sum(dim=1, keepdim=True).clamp_min(torch.finfo(a.dtype).tiny)
-    uniform = room / room.sum(dim=1, keepdim=True)
-    empty = mass.sum(dim=1, keepdim=True) == 0  # nothing positive under N2: says nothing
+    total, uniform = mass.sum(dim=1, keepdim=True), room / room.sum(dim=1, keepdim=True)
+    empty = total < 1e-12  # nothing positive under N2, or nothing at all: such a map says nothing, and has no slope either
+    share = mass / torch.where(empty, torch.ones_like(total), total)
     return torch.where(empty, uniform, (1 - SMOOTHING) * share + SMOOTHING * uniform)
 
 

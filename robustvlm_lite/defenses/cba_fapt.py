@@ -130,7 +130,8 @@ class CBAFAPT(PromptTuning):
             gap = ((a.detach() if c.stop_clean else a) - b).square().sum(dim=1)
             weighted["vaa"] = c.beta * (gap + TINY).sqrt().mean()
         if c.gamma:
-            p, q = attention.as_distribution(maps.text, maps.content, c.text_norm).split(n)
+            either = (maps.content[:n] | maps.content[n:]).repeat(2, 1)  # predicted classes may differ in length
+            p, q = attention.as_distribution(maps.text * maps.content, either, c.text_norm).split(n)
             weighted["taa"] = c.gamma * attention.map_divergence(p.detach() if c.stop_clean else p, q).mean()
         return weighted
 

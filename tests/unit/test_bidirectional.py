@@ -221,6 +221,10 @@ def test_a_map_without_positive_evidence_says_nothing_under_n2():
     a, content = -torch.ones(1, 3).double(), torch.tensor([[False, True, True]])
     assert as_distribution(a, content, "N2").tolist() == [[0, 0.5, 0.5]]
     assert as_distribution(0 * a, content, "N1").sum() == pytest.approx(1)
+    for norm in NORMS:  # Grad-ECLIP's ReLU leaves whole maps at 0
+        leaf = (0 * a).requires_grad_()
+        map_divergence(as_distribution(leaf, content, norm), as_distribution(2 * leaf, content, norm)).sum().backward()
+        assert leaf.grad.isfinite().all(), norm
 
 
 def test_the_divergence_is_kl_and_skips_what_neither_has():
@@ -289,6 +293,17 @@ def test_maps_of_the_predicted_class(clip):
     defense, batch = in_step("CBA-FAPT", clip, config=replace(FULL, score="predicted"))
     terms, expected = defense.losses(batch), by_hand(defense, batch)
     close(terms["vaa"].detach(), expected[0].detach(), 1e-6)
+
+
+def test_maps_of_two_predicted_classes_have_a_finite_divergence(clip, monkeypatch):
+    """Their names may differ in length; places that only one of them has are compared with the uniform share."""
+    defense, batch = in_step("CBA-FAPT", clip, config=replace(FULL, score="predicted"))
+    assert len(set(batch.tail.content.sum(1).tolist())) > 1, "else the lengths would not be tested"
+    other = torch.cat([torch.zeros(5), torch.full((5,), 3)]).long()  # "cat" for the clean images, "abyssinian" for the others
+    monkeypatch.setattr(defense, "_classes", lambda features, batch: other)
+    term = defense.losses(batch)["taa"]
+    assert term.isfinite() and term > 0
+    assert all(g.isfinite().all() for g in torch.autograd.grad(term, defense.learned()))
 
 
 def test_second_order_gradients_match_finite_differences(clip):
