@@ -1,0 +1,96 @@
+"""What the prompt chapters share inside a run: which training a profile asks for, tunings that are found again, tables."""
+
+import copy
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from toy_tuning import photos
+
+from robustvlm_lite import book, fewshot
+from robustvlm_lite.attacks import get_attack
+from robustvlm_lite.book import tuning
+from robustvlm_lite.cards import Card
+from robustvlm_lite.defenses import PROMPT_METHODS, PromptTuning
+from robustvlm_lite.fewshot import Summary
+from robustvlm_lite.records import Store
+
+SHORT = {"steps": 20, "batch": 8, "rate": 10.0}
+
+
+def toy_run(clip, tmp_path, parameters=None, **sizes):
+    sizes = {"shots": 2, "seeds": [1, 2], "backbone": "none"} | sizes
+    run = {"parameters": {"eps_255": 1.0} | (parameters or {}), "seed": 0, "out": tmp_path, "load_clip": lambda: clip}
+    run |= {"card": Card("05_capt", "tiny", 0, {"eps_255": 1.0}, device="cpu"), "store": Store(tmp_path / "cells")}
+    return SimpleNamespace(sizes=SimpleNamespace(**sizes), **run)
+
+
+@pytest.fixture
+def clip(random_clip):
+    return copy.deepcopy(random_clip)
+
+
+def test_a_profile_shortens_the_papers_training_or_keeps_it(clip, tmp_path):
+    data, paper = photos(12, 64), PROMPT_METHODS["CAPT"].style
+    plan = tuning.plan(toy_run(clip, tmp_path, tuning=SHORT), "CAPT", data)
+    assert (plan.steps, plan.batch, plan.epoch, plan.augment) == (20, 8, 2, False) and plan.lr == pytest.approx(10 * paper.lr)
+    assert tuning.plan(toy_run(clip, tmp_path, {"steps": 3}, tuning=SHORT), "CAPT", data).steps == 3
+    whole = tuning.plan(toy_run(clip, tmp_path), "CAPT", data)
+    assert whole == paper.training(data, 2) and whole.augment and whole.steps == 100
+    assert tuning.plan(toy_run(clip, tmp_path, tuning=SHORT), "FAP", data).lr == pytest.approx(0.035)
+
+
+def test_a_tuning_is_found_again_unless_something_changed(clip, tmp_path, monkeypatch):
+    calls, fit = [], PromptTuning.fit
+    monkeypatch.setattr(PromptTuning, "fit", lambda self, *a, **k: calls.append(self.name) or fit(self, *a, **k))
+    run, data = toy_run(clip, tmp_path, tuning=SHORT | {"steps": 2}), photos(8, 64)
+    first = book.tune(run, "CAPT", clip, data, 1)
+    again = book.tune(run, "CAPT", clip, data, 1)
+    assert calls == ["CAPT"] and again.history == first.history and again.step_seconds == first.step_seconds
+    assert all(torch.equal(v, first.state()[k]) for k, v in again.state().items())
+    book.tune(run, "CAPT", clip, data, 2)
+    book.tune(run, "CAPT", clip, photos(8, 64, seed=3), 1)
+    run.parameters["eps_255"] = 2.0
+    labelled = book.tune(run, "CAPT", clip, data, 1, label="CAPT, A2", config=PROMPT_METHODS["CAPT"].config.__class__(alpha="A2"))
+    assert len(calls) == 4 and labelled.name == "CAPT, A2"
+    teacher = copy.deepcopy(clip)
+    with torch.no_grad():
+        teacher.visual.proj.mul_(-1)
+    book.tune(run, "CAPT", clip, data, 1, label="CAPT, A2", teacher=teacher)
+    assert len(calls) == 5, "another teacher"
+
+
+def test_hand_engineered_prompts_are_the_carrier_itself(clip, tmp_path):
+    data = photos(8, 64)
+    hep = book.tune(toy_run(clip, tmp_path, tuning=SHORT), "HEP", clip, data, 1)
+    x = data.pixels()
+    with torch.no_grad():
+        expected = clip.classifier(data.class_names, data.templates)(x)
+        assert hep.name == "HEP" and torch.equal(hep.classifier(data.class_names, data.templates)(x), expected)
+
+
+def test_a_scenario_goes_into_the_card_once_a_seed(clip, tmp_path):
+    run = toy_run(clip, tmp_path, tuning=SHORT | {"steps": 2})
+    train, test = photos(16, 64), photos(8, 64, seed=5)
+    scenario = fewshot.base_to_new(train, test, 1)
+    tuned = {s: [book.tune(run, m, clip, scenario.train(s), s) for m in ("HEP", "FAP")] for s in run.sizes.seeds}
+    rows = book.measure_scenario(run, scenario, tuned, get_attack("pgd-1"), 1.0)
+    assert {(r.method, r.dataset, r.extra["seed"]) for r in rows} == {
+        (m, f"toy:{part}", s) for m in ("HEP", "FAP") for part in ("base", "new") for s in (1, 2)
+    }
+    assert len(run.card.as_dict()["rows"]) == len(rows) == 2 * 2 * 2 * 3
+    tuned[2][1].history = [{"ce": math.log(2), "divergence": 0.0}] * 60
+    assert book.marked(tuned, 2) == {("FAP", 2)}
+
+
+def test_the_table_of_a_scenario_shows_spread_and_collapsed_runs():
+    parts = {"base": (0.8, 0.05), "new": (0.5, 0.1)}
+    two = Summary("M", 3, parts, {k: (v[0] / 2, v[1]) for k, v in parts.items()}, (0.6, 0.0), (0.3, 0.0), (0.4, 0.01), 1)
+    html = str(book.scenario_table([two], caption="c."))
+    for text in ("base, natural", "80.0\u00a0±\u00a05.0", "25.0\u00a0±\u00a010.0", "40.0\u00a0±\u00a01.0", "1 of 3", "harmonic mean"):
+        assert text in html, text
+    nan = math.nan
+    one = Summary("M", 1, {"all": (0.8, nan)}, {"all": (0.4, nan)}, (0.8, nan), (0.4, nan), (0.5, nan), 0)
+    html = str(book.scenario_table([one], caption="c."))
+    assert "harmonic" not in html and ">80.0<" in html and "0 of 1" in html
