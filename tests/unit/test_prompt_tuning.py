@@ -392,8 +392,23 @@ def test_styles_count_steps_as_the_papers_do():
     assert apt.training(data).batch == 4 and apt.training(data).augment and apt.attack_step == pytest.approx(2 / 3)
 
 
-def test_parameters_at_vit_b32_are_the_papers():
-    clip = another_clip("ViT-B-32-quickgelu")
+@pytest.fixture(scope="module")
+def vit_b32():
+    return another_clip("ViT-B-32-quickgelu")
+
+
+@pytest.mark.parametrize("name", ["CAPT", "CBA-FAPT", "FAP"])
+def test_the_papers_shapes_take_a_step(name, vit_b32):
+    """Random weights of ViT-B/32, two images of 224 pixels, the paper's own prompts."""
+    data, defense = photos(2, side=224), build_prompts(name, vit_b32, NAMES)
+    defense.fit(data, attack=ATTACK, training=replace(SHORT, steps=1, batch=2), progress=False)
+    assert all(math.isfinite(v) for v in defense.history[0].values())
+    with torch.no_grad():
+        assert defense.classifier(NAMES)(data.pixels()).isfinite().all()
+
+
+def test_parameters_at_vit_b32_are_the_papers(vit_b32):
+    clip = vit_b32
     counts = {"AVP": 241_920, "AdvVP": 73_680, "APT": 8_192, "AdvPT": 16_384, "AdvVLP": 23_040, "AdvMaPLe": 3_555_072,
               "FAP": 3_557_120, "FAP (shared projection)": 801_024, "CAPT": 23_040, "CBA-FAPT": 3_557_120}  # fmt: skip
     for name, count in counts.items():
