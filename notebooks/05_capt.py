@@ -498,8 +498,9 @@ book.show(plots.convergence(trust, quantity="mean α of the batch", steps="tunin
           caption=f"How the readings move while prompts are tuned on {shots.name}, seed {main}.")  # fmt: skip
 
 # %% [markdown]
-# The figure shows each reading at work. A2 follows the teacher alone and hardly moves. A1 and A3 fall as the shots are
-# learned; A7, which sees no label, follows confidence instead of correctness, and so can trust a model that is surely wrong.
+# The figure shows each reading at work. A2 follows the frozen model alone: it changes with the batch and has no reason to fall.
+# A1, A3 and A5 compare, and fall as the shots are learned. A7, which sees no label, follows confidence instead of
+# correctness, and so can trust a model that is surely wrong.
 #
 # Rows of one seed on a hundred images separate large effects only; the intervals say which. Two comparisons are worth more
 # than the rest. Against the best *constant*, an adaptive weight has to earn its name. And the teacher before TeCoA separates
@@ -515,9 +516,8 @@ book.show(plots.cost_scatter(points, cost="seconds per tuning step"), "cost",
           caption=f"Price and yield of a tuning step of {min(sizes.tuning['batch'] if hasattr(sizes, 'tuning') else 32, len(shots))} images in this run; medians.")  # fmt: skip
 
 # %% [markdown]
-# The left edge of the figure is where a defense should be, at the top. PAFT is cheap because it needs no gradient through
-# the tower after the attack; text contexts alone save the gradient through the image tower; prompts in both towers need
-# both.
+# The upper left corner is the place to be. A linear head needs no gradient through the tower after the attack, a text context
+# none through the image tower; prompts in both towers need both, and the divergences also a pass over the clean images.
 #
 # A step costs the attack and two passes. The text is encoded once a step, and the frozen model's answers are computed once
 # for the whole tuning; `benchmarks/prompt_step.py` measures what that saves against computing everything where it is used.
