@@ -282,7 +282,10 @@ book.table(rows, caption=f"The loss of one batch before the first step, n = {len
 # ## Tune everything
 #
 # All methods meet the same shots, batches and attack starts, at the training budget of this profile, and take the same
-# number of steps. Each keeps its paper's learning rate, times one factor of the profile. Shots, starts of the prompts and
+# number of steps. Each keeps its paper's learning rate, times one factor of the profile that was chosen on held-back training
+# images (`data_scripts/train_prompts.py --search`).
+#
+# Shots, starts of the prompts and
 # order of the batches have a seed of their own, and every method is tuned once a seed.
 #
 # HEP is the robust tower with hand-written prompts. AdvVP learns tokens and a frame of pixels, APT {cite}`li2024apt` a text
