@@ -335,8 +335,9 @@ book.table(lines, caption=f"Value and force of the map terms at the paper's weig
 # ## Tune everything
 #
 # HEP is CLIP with its hand-written template. AdvMaPLe trains coupled prompts on attacked images alone. FAP adds consistency.
-# *No maps* is CE + 5 CE. All see the same shots, batches and starts, for the same number of steps, once a seed. The learning
-# rate is the paper's times one factor of the profile, chosen for the loss without maps on held-back training images
+# *No maps* is CE + 5 CE. All see the same shots, batches and starts, for the same number of steps, once a seed.
+#
+# The learning rate is the paper's times one factor of the profile, chosen for the loss without maps on held-back training images
 # (`data_scripts/train_prompts.py --search`).
 #
 # Expect little at this scale. A frozen, undefended tower bends only so far under a handful of tokens and steps; what can be
