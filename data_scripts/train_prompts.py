@@ -23,7 +23,6 @@ SET, SHOTS = "photos/caltech", 16
 # What FAP and CBA-FAPT compare: prompts on an undefended CLIP.
 FAP_PROTOCOL = [name for name in defenses.PROMPT_METHODS if name.startswith(("Adv", "FAP", "CBA"))]
 
-
 RATES = (1.0, 3.0, 10.0, 30.0)
 SEARCHED = {"05_capt": "CAPT", "06_cba_fapt": "CBA-FAPT (no maps)"}  # the method that sets the factor of its chapter
 
@@ -31,9 +30,8 @@ SEARCHED = {"05_capt": "CAPT", "06_cba_fapt": "CBA-FAPT (no maps)"}  # the metho
 def tuned(name: str, sizes, shots: data.ImageSet, seed: int, **changed):
     """(defense, its training budget): a method on these shots at the length and budget of a profile."""
     style, carrier = defenses.PROMPT_METHODS[name].style, defenses.load_defense(sizes.backbone, load_clip(sizes.model)).clip
-    eps = style.attack_eps or sizes.eps_255
-    steps = {"n_steps": style.attack_steps, "step_255": style.attack_step * eps}
-    attack = partial(attacks.pgd, threat=ThreatModel(eps), keep="last", **steps)
+    eps, options = style.attack(sizes.eps_255)
+    attack = partial(attacks.pgd, threat=ThreatModel(eps), **options)
     defense = defenses.build_prompts(name, carrier, shots.class_names)
     defense.fit(shots, attack=attack, training=style.short(shots, **sizes.tuning | changed), seed=seed, progress=False)
     return defense, eps

@@ -44,10 +44,10 @@ def tune(
         defense = Defense(carrier)
         defense.name = name
         return defense
-    options = {} if teacher is None else {"teacher": teacher}
-    defense = defenses.build_prompts(name, carrier, train.class_names, spec=spec, config=config, **options)
+    listens = {} if teacher is None else {"teacher": teacher}
+    defense = defenses.build_prompts(name, carrier, train.class_names, spec=spec, config=config, **listens)
     training, style, budget = plan(run, name, train), defenses.PROMPT_METHODS[name].style, run.parameters["eps_255"]
-    eps = style.attack_eps or budget
+    eps, options = style.attack(budget)
     key = {"training": asdict(training) | {"precision": str(training.precision)}, "seed": seed, "eps_255": eps}
     key |= {"data": train.sha256, "choices": defense.choices()}
     key |= {"teacher": weights_sha256(teacher.visual)} if teacher else {}
@@ -58,8 +58,7 @@ def tune(
         load_prompts(defense, path)
         defense.history, defense.step_seconds = defense.facts["history"], defense.facts["step_seconds"]
     else:
-        steps = {"n_steps": style.attack_steps, "step_255": style.attack_step * eps}
-        attack = partial(attacks.pgd, threat=ThreatModel(eps), keep="last", **steps)
+        attack = partial(attacks.pgd, threat=ThreatModel(eps), **options)
         defense.fit(train, attack=attack, training=training, seed=seed, progress=False)
         told = {"key": key, "history": defense.history, "step_seconds": defense.step_seconds}
         save_prompts(defense, path, backbone=run.sizes.backbone, **told)

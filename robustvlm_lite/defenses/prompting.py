@@ -61,6 +61,11 @@ class Style:
     weight_decay: float = 5e-4  # Dassl's default, which also acts on prompts
     augment: bool = False
 
+    def attack(self, budget_255: float) -> tuple[float, dict]:
+        """(ε in 1/255, options of PGD) of the attack in training, for prompts that are to stand `budget_255`."""
+        eps = self.attack_eps or budget_255
+        return eps, {"n_steps": self.attack_steps, "step_255": self.attack_step * eps, "keep": "last"}
+
     def training(self, data: ImageSet, shots: int = 16, precision: torch.dtype | None = None) -> PromptTraining:
         """The paper's steps on this training set, in epochs that leave an unfilled batch out."""
         epoch = max(len(data) // self.batch, 1)

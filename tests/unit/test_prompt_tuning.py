@@ -389,6 +389,8 @@ def test_styles_count_steps_as_the_papers_do():
         assert (plan.epoch, plan.steps, plan.batch, plan.lr) == (steps, 10 * steps, 4, 0.0035)
     apt = STYLES["apt"]
     assert [apt.training(sixteen, k).steps // apt.training(sixteen, k).epoch for k in (1, 2, 4, 8, 16, 0)] == [50, 100, 100, 200, 200, 200]
+    assert apt.attack(4.0) == (4.0, {"n_steps": 3, "step_255": pytest.approx(8 / 3), "keep": "last"})
+    assert STYLES["advpt"].attack(1.0) == (8.0, {"n_steps": 10, "step_255": 1.0, "keep": "last"})
     assert apt.training(data).batch == 4 and apt.training(data).augment and apt.attack_step == pytest.approx(2 / 3)
 
 
