@@ -476,6 +476,9 @@ book.sanity_table([sanity.attack_order(hit)])
 # {glue:text}`worst-TRADES:.0f`, hand-written prompts {glue:text}`worst-HEP:.0f` percent. What a profile's AutoAttack leaves is
 # an upper bound; the caption says how short it is.
 #
+# Where *softened* does less than PGD, cross-entropy was not saturated to begin with: this tower's scale is far below that of
+# OpenAI's CLIP, on which the check belongs to every evaluation.
+#
 # ## Ablation: the weight, the frozen model, the towers
 #
 # Now the open choices, one at a time, on the first seed: every reading of α, the frozen model replaced by CLIP before TeCoA,
