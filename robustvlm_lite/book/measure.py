@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import attention, defenses, evaluate
 from ..cards import load_card
-from ..clip import ZeroShotCLIP
+from ..clip import ZeroShotCLIP, load_clip
 from ..data import ImageSet
 from ..defenses import Defense, Training
 from ..records import Row
@@ -102,6 +103,29 @@ def training_cost(run, names: Sequence[str], train_sets: Sequence[ImageSet], att
     return rows
 
 
+def bundled(run, name: str, data: ImageSet) -> tuple[nn.Module, nn.Module]:
+    """A committed checkpoint on `nano` as (classifier, what an attacker differentiates), for images of any size.
+
+    For comparisons that also a profile needs whose own backbone has no checkpoints: larger images are shrunk.
+    """
+    clip = load_clip("nano", device=str(run.device))
+    classifier = defenses.load_defense(name, clip).classifier(data.class_names, data.templates)
+    return Resized(classifier, clip.image_size), Resized(classifier.fast(), clip.image_size)
+
+
+class Resized(nn.Module):
+    """A model of images of `side` pixels, asked about larger ones: they are shrunk in the graph, antialiased."""
+
+    def __init__(self, model: nn.Module, side: int):
+        super().__init__()
+        self.model, self.side = model, side
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.side:
+            x = F.interpolate(x, size=(self.side, self.side), mode="bilinear", antialias=True).clamp(0, 1)
+        return self.model(x)
+
+
 def measure(run, defense: Defense, data: ImageSet, attacks: Sequence) -> list[Row]:
     """Clean accuracy and accuracy under (Attack, ThreatModel) pairs, added to the run's card."""
     model = defense.classifier(data.class_names, data.templates)
@@ -126,6 +150,19 @@ def measure_logits(run, data: ImageSet, logits: Mapping[str, Tensor]) -> list[Ro
     rows = [evaluate.clean_row(z, data, method=name, **known) for name, z in logits.items()]
     run.card.add(rows)
     return rows
+
+
+def measure_images(run, method: str, model: nn.Module, data: ImageSet, x_adv: Tensor, attack: str, eps_255: float) -> Row:
+    """Accuracy of `model` on `x_adv` [N, 3, H, W], copies of `data` that were made elsewhere, added to the run's card.
+
+    The verdict is a single forward pass: of a random model it is one draw. See `evaluate.images_row`.
+    """
+    with torch.no_grad():
+        logits = torch.cat([model(part.to(run.device)).cpu() for part in x_adv.split(128)])
+    known = {"seed": run.seed, "weights_sha256": evaluate.weights_sha256(model)}
+    row = evaluate.images_row(logits, x_adv, data, method=method, attack=attack, eps_255=eps_255, **known)
+    run.card.add([row])
+    return row
 
 
 def measure_maps(

@@ -1,0 +1,556 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Attacks: look for the worst picture within the budget
+#
+# *A robust accuracy is a claim about all pictures near a picture. An attack looks for one that refutes it. This page
+# builds attacks from one line to an ensemble, and measures what each part buys.*
+#
+# [Colab](https://colab.research.google.com/github/robustvlm-lite/robustvlm_lite/blob/main/notebooks/02_attacks.ipynb) ·
+# [source](https://github.com/robustvlm-lite/robustvlm_lite/blob/main/notebooks/02_attacks.py) ·
+# [paper](https://arxiv.org/abs/1706.06083) ·
+# [result card](https://github.com/robustvlm-lite/robustvlm_lite/tree/main/book/cards) ·
+# CPU: 1 minute (tiny) · GPU: minutes (paper)
+
+# %% [markdown]
+# ## At a glance
+#
+# | | |
+# |---|---|
+# | Question | is there a picture within ε that the model names wrongly? |
+# | The attacker knows | weights and gradients (white box), answers alone (queries), or another model (transfer) |
+# | Tools | FGSM, PGD {cite}`madry2018pgd`, margin and targeted losses, momentum, AutoAttack {cite}`croce2020autoattack`, Square |
+# | Cost | a step is one forward and one backward pass for each image |
+# | Found on this page | of {glue:text}`n` photographs the undefended model names {glue:text}`clean:.0f` percent; at ε = {glue:text}`eps`/255 one step leaves {glue:text}`left-fgsm:.0f`, {glue:text}`pgd-name` {glue:text}`left-pgd:.0f`, all attacks together {glue:text}`left-worst:.0f`, noise {glue:text}`left-noise:.0f` |
+
+# %% tags=["parameters"]
+profile: str = "tiny"  # "tiny": laptop, 1 minute | "small": real image packs | "paper": OpenAI's CLIP, GPU
+seed: int = 0  # image subsets and attack starts derive from it
+eps_255: float = 0.0  # main attack budget in steps of 1/255; 0 takes the profile's
+n: int = 0  # images; 0 takes the profile's number
+device: str = ""  # "" chooses; "cuda" without a GPU is an error
+data_root: str = ""  # folder of the image packs (small, paper)
+pretrained: str = ""  # weights file of the backbone (paper)
+
+# %%
+import importlib.util
+import subprocess
+import sys
+
+import torch
+import torch.nn.functional as F
+
+if importlib.util.find_spec("robustvlm_lite") is None:  # on Colab
+    subprocess.run(["git", "clone", "-q", "https://github.com/robustvlm-lite/robustvlm_lite"], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "uv"], check=True)
+    install = [sys.executable, "-m", "uv", "pip", "install", "-q", "--system", "-e", "."]
+    subprocess.run(install, cwd="robustvlm_lite", check=True)
+    sys.path.insert(0, "robustvlm_lite")
+
+from robustvlm_lite import attacks, book, evaluate, plots
+from robustvlm_lite.book import attack_exercises as exercises
+from robustvlm_lite.defenses import Defense
+from robustvlm_lite.runtime import generator
+from robustvlm_lite.threat import ThreatModel, audit, to_8bit
+
+run = book.start("02_attacks", profile=profile, seed=seed, device=device, data_root=data_root, pretrained=pretrained,
+                 eps_255=eps_255, n=n)  # fmt: skip
+eps_255 = run.parameters["eps_255"]
+clip, sizes, threat = run.load_clip(), run.sizes, ThreatModel(eps_255)
+same = torch.testing.assert_close
+
+# %% [markdown]
+# ## Before you start
+#
+# You need to know what CLIP's logits are ([chapter 01](01_clip.py)) and what a gradient is. You will be able to write PGD
+# in ten lines, to say what a budget allows, and to choose an attack whose failure means something. Reading takes about 30
+# minutes.
+#
+# ## See it first
+#
+# One photograph, attacked with growing budgets. The upper row is what you see. The lower row is the change alone, amplified by
+# the same factor in every column. Below stands what the model says.
+#
+# Find the first column that you could tell from the original. Then find the first where the answer is wrong.
+
+# %%
+photos = book.images(run, sizes.photos)
+model = clip.classifier(photos.class_names, photos.templates)
+surface = model.fast()  # the same model for gradients, in bfloat16
+x, y = photos.pixels().to(run.device), photos.labels.to(run.device)
+pgd, keys = attacks.get_attack(sizes.pgd), [(seed, photos.name, i) for i in range(len(photos))]
+with torch.no_grad():
+    right = model(x).argmax(1) == y
+shown = int(right.int().argmax())  # the first that is right
+
+# %%
+one, label, budgets = x[[shown]], y[[shown]], sizes.strip
+strip = torch.cat([one] + [pgd.run(surface, one, label, ThreatModel(e), [keys[shown]]) for e in budgets])
+with torch.no_grad():
+    said, sure = model(strip).argmax(1).tolist(), model(strip).softmax(1).amax(1).tolist()
+feet = [f"{'✓' if s == label else '✗'} {photos.class_names[s]} {100 * p:.0f} %" for s, p in zip(said, sure, strict=True)]
+wrong = [e for e, s in zip(budgets, said[1:], strict=True) if s != label]
+book.glue("first-wrong", f"ε = {wrong[0]:g}/255" if wrong else "a budget beyond the last")
+factor = 0.45 * 255 / max(budgets)
+rows = {"picture": strip, f"change × {factor:.0f}": (0.5 + factor * (strip - one)).clamp(0, 1)}
+fig = plots.picture_rows(rows, ["clean"] + [f"ε = {e:g}/255" for e in budgets], feet=feet)
+book.show(fig, "strip", alt="One photograph clean and attacked with growing budgets, the change drawn below each, and the model's answers",
+          caption=f"Photograph {shown} of the subset, the first that the model names correctly; {pgd.label}. ✓ marks the true class.")  # fmt: skip
+
+# %% [markdown]
+# For this photograph the answer turns at {glue:text}`first-wrong`.
+#
+# The budget must be counted in pixels. A file stores 256 gray levels, so 1/255 is one level, and a change of less
+# than half a level does not survive saving. The `to_8bit` copy keeps the budget on the grid of levels.
+
+# %%
+whole = [e for e in budgets if e == int(e)]
+levels = {e: 255 * (to_8bit(x_adv[None], one, ThreatModel(e)) - one).abs() for e, x_adv in zip(budgets, strip[1:], strict=True)}
+book.table([{"ε (1/255)": f"{e:g}", "values changed in the file": f"{100 * (v > 0.5).float().mean():.1f} %",
+             "largest change (levels)": f"{v.max():.0f}", "length of the change (ℓ2, in 1/255)": f"{255 * (d - one).norm():.0f}"}
+            for (e, v), d in zip(levels.items(), strip[1:], strict=True)],
+           caption="The strip as 8-bit files.")  # fmt: skip
+
+# %% [markdown]
+# ## What the attacker may do
+#
+# A threat model answers three questions. *What may change?* Here: no channel of a pixel by more than ε, written
+# $\|\delta\|_\infty \le \varepsilon$; or the Euclidean length of the whole change (ℓ2). *What is known?* *What counts as
+# success?* Any wrong answer (untargeted), or a chosen one (targeted).
+#
+# $$\max_{\delta}\; L\big(f(x + \delta), y\big) \quad \text{with} \quad \|\delta\| \le \varepsilon, \quad x + \delta \in [0, 1]$$
+#
+# A defense is tested against the strongest attacker whom it claims to resist. One who knows less can only find less.
+#
+# | symbol | meaning | shape | name in code |
+# |---|---|---|---|
+# | $x$, $\delta$ | images, pixels in [0, 1]; perturbation | `[B, 3, H, W]` | `x`, `delta` |
+# | $\varepsilon$, $\alpha$ | budget and step, written in 1/255 | scalars | `eps_255`, `step_255` |
+# | $f(x)$, $z$ | model, its logits | `[B, C]` | `model`, `z` |
+# | $L$ | what the attack maximizes, one value for each image | `[B]` | `objective` |
+# | $g$ | gradient of $L$ with respect to the pixels | `[B, 3, H, W]` | `grad` |
+# | $P$ | back into the budget and into [0, 1] | | `threat.project` |
+#
+# ## The loss along the gradient
+#
+# Near $x$ the loss is almost a plane: $L(x + \delta) \approx L(x) + g \cdot \delta$. Among all $\delta$ within
+# $\|\delta\|_\infty \le \varepsilon$, the sign of the gradient raises that plane most, by $\varepsilon \|g\|_1$, because each
+# pixel adds the size of its own slope. This is the argument of {cite}`goodfellow2015fgsm`.
+
+# %%
+objective = attacks.cross_entropy(model, y)
+value, grad = attacks.value_and_grad(objective, x)
+coins = torch.stack([torch.randint(2, x.shape[1:], generator=generator(*k)) for k in keys]).to(x) * 2 - 1
+longest = (grad[0].numel() ** 0.5) * grad / grad.flatten(1).norm(dim=1).view(-1, 1, 1, 1).clamp_min(1e-12)
+directions = {"sign of the gradient": grad.sign(), "gradient, same length": longest, "random signs": coins}
+distances = [sizes.landscape * k / 8 for k in range(9)]
+
+
+def along(direction):
+    """Mean loss over the images at each distance, in steps of 1/255 for each pixel."""
+    with torch.no_grad():
+        return [objective((x + t / 255 * direction).clamp(0, 1)).mean().item() for t in distances]
+
+
+# %%
+curves = {name: (distances, along(d)) for name, d in directions.items()}
+slope = grad.flatten(1).abs().sum(1).mean().item() / 255
+plane = [value.mean().item() + t * slope for t in distances if t <= distances[2]]
+curves["the plane (sign)"] = (distances[: len(plane)], plane)
+book.glue("rise", curves["sign of the gradient"][1][-1] - value.mean().item())
+book.glue("rise-noise", curves["random signs"][1][-1] - value.mean().item())
+fig = plots.convergence(curves, quantity="mean cross-entropy", steps="distance (1/255 for each pixel)")
+book.show(fig, "landscape", alt="Mean loss against distance along four curves: the sign of the gradient and the gradient rise steeply and bend, random signs stay flat, the plane rises straight",
+          caption=f"Loss along fixed directions, mean of {len(x)} photographs. All directions have the same Euclidean length; the plane is what the slope at zero promises.")  # fmt: skip
+
+# %% [markdown]
+# Over {glue:text}`far` gray levels the sign of the gradient raises the loss by {glue:text}`rise:.1f`, random signs by
+# {glue:text}`rise-noise:.2f`. The plane soon leaves the curve: the gradient at $x$ says where to start, not where to end.
+# So take small steps and ask again.
+#
+# ## One step: FGSM
+
+
+# %%
+def my_fgsm(model, x, y, eps):
+    """Fast gradient sign method: images [B, 3, H, W] and labels [B] -> x_adv."""
+    x = x.clone().requires_grad_()
+    F.cross_entropy(model(x), y).backward()
+    return (x + eps * x.grad.sign()).clamp(0, 1).detach()
+
+
+book.glue("far", f"{distances[-1]:g}")
+few, few_y, few_keys = x[:8], y[:8], keys[:8]
+reference = attacks.get_attack("fgsm").run(model, few, few_y, threat, few_keys)  # torchattacks
+same(my_fgsm(model, few, few_y, threat.eps), reference, rtol=0, atol=1e-6)
+
+# %% [markdown]
+# ## Many steps: PGD in ten lines
+#
+# Projected gradient descent {cite}`madry2018pgd` starts anywhere in the ball, steps along the sign, and projects back:
+#
+# $$x_0 = P(x + \text{start}), \qquad x_{k+1} = P\big(x_k + \alpha\, \mathrm{sign}\, \nabla L(x_k)\big)$$
+
+
+# %%
+def my_pgd(model, x, y, eps, step, n_steps, start):
+    """x [B, 3, H, W] in [0, 1], labels y [B]; eps and step in pixel units; start: a perturbation like x."""
+    x_adv = (x + start).clamp(0, 1)
+    for _ in range(n_steps):
+        x_adv = x_adv.detach().requires_grad_()
+        loss = F.cross_entropy(model(x_adv), y, reduction="sum")  # a sum: no image weakens another's gradient
+        (grad,) = torch.autograd.grad(loss, x_adv)
+        delta = (x_adv + step * grad.sign() - x).clamp(-eps, eps)
+        x_adv = (x + delta).clamp(0, 1)
+    return x_adv.detach()
+
+
+# %%
+start = threat.random_start(few, [generator(*k) for k in few_keys])
+mine = my_pgd(model, few, few_y, threat.eps, threat.eps / 4, 10, start)
+torchs = attacks.get_attack("ta-pgd-10").run(model, few, few_y, threat, few_keys)  # draws the same start from the keys
+package = attacks.pgd(attacks.cross_entropy(model, few_y), few, threat, n_steps=10, start=start, keep="last")
+differences = {name: float((mine - other).abs().max()) for name, other in {"torchattacks": torchs, "attacks.pgd": package}.items()}
+for other in (torchs, package):
+    same(mine, other, rtol=0, atol=1e-6)
+book.glue("apart", f"{max(differences.values()):.0e}")
+print(differences)
+
+# %% [markdown]
+# Three loops, one result: from the same start the largest difference of any pixel is {glue:text}`apart`. The book's `attacks.pgd` adds
+# what the ten lines lack: any objective, restarts, the best iterate, randomness keyed by image, and a stop at NaN.
+#
+# Every attack's output is then *audited*: an image out of range or budget stops the run.
+
+# %%
+print(audit(few, mine, threat))
+
+# %% [markdown]
+# ## Another ball: ℓ2
+#
+# In ℓ∞ every pixel has its own allowance, and an attacker spends all of them. In ℓ2 all share one, and it goes where it
+# pays. The step is the gradient at unit length, and the projection shrinks the whole change.
+#
+# To compare the two, the ℓ2 radius is a share of the longest change that ℓ∞ allows, $\varepsilon \sqrt{3HW}$.
+
+# %%
+corner = eps_255 * x[0].numel() ** 0.5
+balls = {f"{share:.0%} of the length": ThreatModel(share * corner, "l2") for share in sizes.l2_shares}
+undefended = Defense(clip)
+linf_rows = book.measure(run, undefended, photos, [(pgd, threat)])
+l2_rows = {name: book.measure(run, undefended, photos, [(pgd, ball)])[1] for name, ball in balls.items()}
+lines = [{"ball": f"ℓ∞, ε = {eps_255:g}/255", "radius (1/255)": f"{corner:.0f} (corner)", "left (%)": 100 * linf_rows[1].value}]
+lines += [{"ball": f"ℓ2, {name}", "radius (1/255)": f"{balls[name].eps_255:.0f}", "left (%)": 100 * r.value} for name, r in l2_rows.items()]
+book.table(lines, caption=f"{photos.name}, {pgd.label}, n = {len(photos)}.", formats={"left (%)": ".1f"}, card_link=True)
+
+# %%
+ball = balls[f"{sizes.l2_shares[-1]:.0%} of the length"]
+pair = [pgd.run(surface, one, label, t, [keys[shown]]) - one for t in (threat, ball)]
+drawn = [(0.5 + 0.45 * d / d.abs().max()).clamp(0, 1) for d in pair]
+heads = ["image", f"ℓ∞, {eps_255:g}/255", f"ℓ2, {ball.eps_255:.0f}/255"]
+book.glue("l2-peak", 255 * float(pair[1].abs().max()))
+book.show(plots.picture_rows({"change, stretched": torch.cat([one, *drawn])}, heads), "balls",
+          alt="A photograph and two perturbations: the one bounded in the maximum norm has full strength everywhere, the Euclidean one is strong in some places and absent in others",
+          caption="The same photograph's change in either ball, each stretched to the same contrast. Gray: no change.")  # fmt: skip
+
+# %% [markdown]
+# The ℓ2 change reaches {glue:text}`l2-peak:.1f` levels in single pixels and leaves others alone. The five papers of this book
+# use ℓ∞, and so does what follows.
+#
+# ## What steps and step size buy
+#
+# A curve for each step size: the share of photographs still named correctly at iterate $k$. Solid names are the iterate
+# itself; *so far* counts an image as lost once any iterate was wrong.
+
+
+# %%
+def right_by_step(step_255, n_steps, key="steps"):
+    """Is the answer right at each iterate of PGD? bool [n_steps + 1, B]."""
+    seen = []
+
+    def watched(x):
+        z = surface(x)
+        seen.append(z.detach().argmax(1) == y)
+        return z
+
+    starts = [generator(*k, key) for k in keys]
+    attacks.pgd(attacks.cross_entropy(watched, y), x, threat, n_steps=n_steps, step_255=step_255, generators=starts)
+    return torch.stack(seen)
+
+
+# %%
+shares = {"ε": 1, "ε/4": 4, "ε/16": 16}
+by_step = {name: right_by_step(eps_255 / k, sizes.n_steps) for name, k in shares.items()}
+curves = {f"step {name}": seen.float().mean(1).tolist() for name, seen in by_step.items()}
+curves["step ε, so far"] = by_step["ε"].cumprod(0).float().mean(1).tolist()
+for name, seen in by_step.items():
+    book.glue(f"last-{name.replace('/', '-')}", 100 * seen[-1].float().mean())
+book.glue("half-way", 100 * by_step["ε/4"][sizes.n_steps // 2].float().mean())
+book.glue("sofar", 100 * by_step["ε"].all(0).float().mean())
+back = (by_step["ε"][1:] & ~by_step["ε"][:-1]).sum().item()
+book.glue("returns", back)
+steps_fig = plots.convergence(curves, quantity="still right (%)", percent=True)
+
+# %%
+restarts = [right_by_step(eps_255 / 4, 10, key=("restart", r)) for r in range(sizes.restarts)]
+long = right_by_step(eps_255 / 4, 10 * sizes.restarts)
+spent = [10 * (r + 1) for r in range(sizes.restarts)]
+worst_so_far = torch.stack([seen.all(0) for seen in restarts]).cumprod(0).float().mean(1).tolist()
+single = long.cumprod(0).float().mean(1)
+curves = {"10-step restarts": (spent, worst_so_far), "one long run": (spent, [single[s].item() for s in spent])}
+book.glue("long", 100 * single[-1])
+book.glue("restarted", 100 * worst_so_far[-1])
+book.glue("one-start", 100 * worst_so_far[0])
+figs = [steps_fig, plots.convergence(curves, quantity="still right (%)", steps="gradient steps spent", percent=True)]
+book.show(figs, "steps", alt="Left, accuracy falling over attack steps for three step sizes. Right, accuracy against gradient steps spent, by restarts and by one long run",
+          caption=f"Left: what a step size reaches. Right: the same number of gradients as restarts of ten steps or as one run, an image lost at any iterate. n = {len(x)}, ε = {eps_255:g}/255.")  # fmt: skip
+
+# %% [markdown]
+# After {glue:text}`n-steps` steps a step of ε leaves {glue:text}`last-ε:.0f` percent, ε/4 leaves {glue:text}`last-ε-4:.0f` and
+# ε/16 leaves {glue:text}`last-ε-16:.0f`. A step of ε jumps between corners: here it brought an image that was already wrong
+# back to the right answer {glue:text}`returns` times. Keeping the best iterate costs one forward pass and leaves
+# {glue:text}`sofar:.0f`.
+#
+# A small step needs steps enough to cross the ball: at least ε/α of them. Steps have paid for themselves where the curve
+# has gone flat.
+#
+# Restarts guard against a start in a bad place: {glue:text}`restarts` of them take the ten-step attack from
+# {glue:text}`one-start:.0f` to {glue:text}`restarted:.0f` percent, and the same gradients as one run reach {glue:text}`long:.0f`.
+# Where restarts keep winning, one start was not enough for a verdict.
+#
+# ## What to maximize
+#
+# Cross-entropy has a flat end: where the model is sure of the right class, its gradient is nearly nothing. The *margin*
+# $\max_{c \ne y} z_c - z_y$ has no softmax and no flat end; maximizing it is the core of {cite}`carlini2017cw`. A *targeted*
+# attack raises one chosen class, here the one that was second.
+#
+# Momentum {cite}`dong2018mifgsm` averages gradients over steps. APGD {cite}`croce2020autoattack` also halves its own step when the loss stops rising.
+
+
+# %%
+def runner_up(model, x, y):
+    """Targeted [B]: log-probability of the class that was second on the clean image, or first where that was wrong."""
+    with torch.no_grad():
+        target = model(x).scatter(1, y[:, None], -torch.inf).argmax(1)
+    return lambda x_adv: -F.cross_entropy(model(x_adv), target, reduction="none")
+
+
+targeted = attacks.attack_on(runner_up, f"targeted-{pgd.n_steps}", pgd.n_steps)
+
+# %%
+plan = [attacks.get_attack(name) for name in sizes.attacks] + [targeted]
+measured = book.measure(run, undefended, photos, [(attack, threat) for attack in plan])
+clean, *found = [row for row in measured if row.metric != "robust_acc_8bit"]
+at = {row.attack: row for row in found}
+main = linf_rows[1]
+at[pgd.name] = main
+worst = evaluate.worst_case(at.values())
+run.card.add(worst)
+passes = {"forwards an image": lambda r: r.image_forwards / r.n, "backwards an image": lambda r: r.image_backwards / r.n}
+lines = [clean, main, *found, worst]
+book.paired_table(lines, main, by="attack", more=passes, caption=f"{photos.name}, undefended, ε = {eps_255:g}/255.")
+
+# %% [markdown]
+# Read the points: an interval that lies below zero marks an attack that is stronger than {glue:text}`pgd-name` on these
+# photographs: {glue:text}`stronger`. Weaker: {glue:text}`weaker`. Of the rest these photographs cannot tell.
+#
+# Costs are means over all photographs. Those that the model names wrongly anyway are not attacked, and the parts of
+# AutoAttack stop at an image once it has fallen.
+#
+# ## AutoAttack, part by part
+#
+# AutoAttack {cite}`croce2020autoattack` runs four attacks without settings to tune: APGD on cross-entropy; APGD on a
+# targeted loss, class by class; FAB, which looks for the nearest boundary; and Square {cite}`andriushchenko2020square`.
+#
+# Square asks for answers only. It tries squares of ±ε and keeps what helps. It is far weaker for its price, and that is
+# what makes it a control: where it beats a gradient attack, the gradient is at fault.
+
+# %%
+parts = [name for name in sizes.attacks if name.startswith(("apgd", "fab", "square"))]
+order = ["fgsm", pgd.name, *[name for name in at if name.startswith(("cw", "targeted"))], *parts]
+right_under = {name: torch.from_numpy(evaluate.column(at[name].records, "correct")) for name in order}
+alone = [right_under[name].float().mean().item() for name in order]
+together = torch.stack(list(right_under.values())).cumprod(0).float().mean(1).tolist()
+others = {name: torch.stack([v for k, v in right_under.items() if k != name]).all(0) for name in order}
+only = {name: int((others[name] & ~right_under[name]).sum()) for name in order}
+book.glue("only", "; ".join(f"{name} {k}" for name, k in only.items() if k) or "no attack")
+
+# %%
+figs = [plots.convergence({"alone": alone, "worst case so far": together}, quantity="left (%)", steps="", percent=True, names=order)]
+points = {name: ((r.image_forwards + r.image_backwards) / r.n, r.value, *r.ci95) for name, r in at.items() if r.image_forwards}
+figs.append(plots.cost_scatter(points, cost="passes for an image", quantity="left (%)", log=True))
+book.show(figs, "worst", alt="Left, accuracy under each attack alone and under the worst case of all attacks so far. Right, accuracy against the number of passes an attack spends",
+          caption=f"Left: each attack alone, and the worst case per image over it and all before. Right: what an attack leaves against its forward and backward passes, 95 % intervals. {photos.name}, ε = {eps_255:g}/255.")  # fmt: skip
+
+# %% [markdown]
+# The worst case counts an image as lost if *any* attack turns it. Photographs that one attack alone turned:
+# {glue:text}`only`. It is taken image by image. The smallest accuracy of a table is not the worst case, unless one
+# attack turns whatever the others turn.
+#
+# An adaptive attacker would run all of them, and so must an evaluation.
+#
+# ## Three controls
+#
+# *Noise* of the same size has no direction. A *universal* perturbation is one δ for all images, found on training
+# photographs by summing their gradients. A *transferred* attack was made on another model. None may do more than an attack on
+# the image and model themselves.
+
+
+# %%
+def universal(model, x, y, threat, n_steps):
+    """One perturbation [1, 3, H, W] for all images: PGD on the mean loss."""
+    delta = torch.zeros_like(x[:1])
+    for _ in range(n_steps):
+        _, grad = attacks.value_and_grad(attacks.cross_entropy(model, y), (x + delta).clamp(0, 1))
+        delta = threat.step(delta, grad.mean(0, keepdim=True), threat.eps / 4).clamp(-threat.eps, threat.eps)
+    return delta
+
+
+others = book.images(run, sizes.universal, "train")
+delta = universal(surface, others.pixels().to(run.device), others.labels.to(run.device), threat, pgd.n_steps)
+everywhere = book.measure_images(run, "CLIP", model, photos, (x + delta).clamp(0, 1), "universal", eps_255)
+
+# %%
+noise, square = attacks.get_attack("noise-corner"), attacks.get_attack(sizes.square)
+grid = [(attack, ThreatModel(e)) for e in sizes.eps_grid for attack in (pgd, square, noise)]
+curve = book.measure(run, undefended, photos, grid)
+fig = plots.accuracy_vs_eps(curve, chance=1 / len(photos.class_names))
+book.show(fig, "curves", alt="Accuracy of the undefended model against the budget under PGD, under Square and under noise, with the line of chance",
+          caption="Undefended model against ε: with gradients, with queries alone, and with noise; 95 % intervals.")  # fmt: skip
+
+# %% [markdown]
+# At ε = {glue:text}`eps`/255 noise leaves {glue:text}`left-noise:.0f` percent, the universal change {glue:text}`left-universal:.0f`,
+# and {glue:text}`pgd-name` {glue:text}`left-pgd:.0f`.
+#
+# A sound curve falls with ε and ends at chance or below. Below, because an attacker also avoids the lucky guesses.
+#
+# ## Transfer
+#
+# Images made on one model are shown to another. The diagonal is the white box. Off it, the attacker did not know the
+# model.
+
+# %%
+models = {"CLIP": (model, surface)} | {name: book.bundled(run, name, photos) for name in sizes.others}
+made = {name: pgd.run(source, x, y, threat, keys) for name, (_, source) in models.items()}
+transfer = {(f"on {source}", target): book.measure_images(run, f"{target} ← {source}", models[target][0], photos, x_adv, pgd.name, eps_255)
+            for source, x_adv in made.items() for target in models}  # fmt: skip
+cells = {("clean", t): book.measure_images(run, t, m, photos, x, "none", 0.0).value for t, (m, _) in models.items()}
+cells |= {pair: row.value for pair, row in transfer.items()}
+for target in models:
+    sources = [transfer[f"on {s}", target].value for s in models if s != target]
+    book.glue(f"transfer-{target}", 100 * min(sources))
+    book.glue(f"white-{target}", 100 * transfer[f"on {target}", target].value)
+book.show(plots.pair_grid(cells, marked=[(f"on {t}", t) for t in models]), "transfer", alt="A grid of accuracies: models that images were made on down, models that are asked across; the white-box diagonal is framed",
+          caption=f"Accuracy in percent on the same {len(x)} photographs, made on the model of the row ({pgd.label}, ε = {eps_255:g}/255) and shown to the model of the column. Framed: white box.")  # fmt: skip
+
+# %%
+for name, value in {"fgsm": at["fgsm"], "pgd": main, "worst": worst, "noise": at[noise.name], "universal": everywhere}.items():
+    book.glue(f"left-{name}", 100 * value.value)
+against = {name: book.compared(evaluate.paired(r.records, main.records)) for name, r in at.items() if r is not main}
+for word, sign in {"stronger": "less than", "weaker": "more than"}.items():
+    book.glue(word, ", ".join(name for name, told in against.items() if told == sign) or "none")
+known = {"n": len(photos), "clean": 100 * clean.value, "eps": f"{eps_255:g}", "pgd-name": pgd.name.upper()}
+known |= {"n-steps": sizes.n_steps, "restarts": sizes.restarts}
+for name, value in known.items():
+    book.glue(name, value)
+
+# %% [markdown]
+# Read down a column. The undefended model keeps {glue:text}`transfer-CLIP:.0f` percent under the better of the transferred
+# attacks and {glue:text}`white-CLIP:.0f` under its own. A robust accuracy that was measured with transferred images alone is
+# the first of these numbers under the name of the second.
+#
+# If a column's smallest number lies off the diagonal, suspect the gradients of that model: they lead worse than
+# another's. [Chapter 03](03_sound_evaluation.py) turns that into a test.
+#
+# ## What a robust accuracy needs
+#
+# - A **budget** in pixels and a norm. Without ε the number means nothing.
+# - **Steps** until the curve is flat, and a **step size** that is small beside ε.
+# - **Restarts**, until they stop winning.
+# - The **best iterate**, not the last.
+# - More than one **loss**, one attack without gradients, and the **worst case per image** over all of them.
+# - The **price**: passes for each image. An attack with few passes that fails has shown little.
+# - **Controls**: noise and transfer below, a budget that must win above.
+#
+# It stays an upper bound on what stands: no list of attacks proves that none is missing.
+#
+# In your own code: `attacks.get_attack("pgd-20x5").run(model, x, y, ThreatModel(2), keys)`, for any module from pixels to
+# logits; `attacks.pgd(objective, x, threat, ...)` for any objective of your own.
+#
+# ## Exercises
+#
+# A solution is folded under each; the line at its end checks it, and yours.
+#
+# **1 (easy).** Write `project_l2(delta, eps)`: bring each image's perturbation into the Euclidean ball of radius `eps`. What
+# lies inside must stay as it is.
+
+
+# %% tags=["hide-input"] jupyter={"source_hidden": true} cellView="form"
+def project_l2(delta, eps):
+    """delta [B, 3, H, W] -> the nearest perturbation of length at most eps, image by image."""
+    length = delta.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    return delta * (eps / length.clamp_min(eps))
+
+
+exercises.check_project_l2(project_l2)
+
+# %% [markdown]
+# **2 (maths).** On a plane the best gain within a ball is $\max_{\|\delta\| \le \varepsilon} g \cdot \delta = \varepsilon \|g\|_*$,
+# with the *dual* norm $\|g\|_*$. Which is it for ℓ∞, which for ℓ2? Write `best_gain(g, eps, norm)`, the gain of each image, for
+# both.
+
+
+# %% tags=["hide-input"] jupyter={"source_hidden": true} cellView="form"
+def best_gain(g, eps, norm):
+    """g [B, 3, H, W] -> [B]: how much a perturbation in the ball can raise a linear loss."""
+    dual = {"linf": 1, "l2": 2}[norm]
+    return eps * torch.linalg.vector_norm(g, ord=dual, dim=(1, 2, 3))
+
+
+exercises.check_best_gain(best_gain)
+
+# %% [markdown]
+# **3 (open).** Beat cross-entropy at ten steps. Write `my_objective(model, y)`, which returns a function from images to
+# one value each. Ideas: divide the logits by a temperature, sum the margins to several classes, or attack the features.
+# What would show that a gain is not luck?
+
+
+# %% tags=["hide-input"] jupyter={"source_hidden": true} cellView="form"
+def my_objective(model, y):
+    """Logits relative to their spread: the margin in units that no scale of the model can flatten."""
+
+    def values(x_adv):
+        z = model(x_adv).float()
+        true = F.one_hot(y, z.shape[1]).bool()
+        gap = z.masked_fill(true, -torch.inf).amax(1) - z[true]
+        return gap / z.detach().std(dim=1)
+
+    return values
+
+
+exercises.check_objective(my_objective, surface, photos.take(range(min(48, len(photos)))), eps_255=eps_255)
+
+# %% [markdown]
+# ## Takeaways
+#
+# - An attack is a search. One step leaves {glue:text}`left-fgsm:.0f` percent, {glue:text}`pgd-name` {glue:text}`left-pgd:.0f`, the
+#   worst case over all attacks of this page {glue:text}`left-worst:.0f`; noise of that size leaves {glue:text}`left-noise:.0f`.
+# - PGD is ten lines. What makes a verdict of it is around them: budget, steps, restarts, losses, worst case.
+# - Attacks differ in what they turn, not only in how much. Combine them image by image.
+# - Transferred images flatter: {glue:text}`transfer-CLIP:.0f` percent against {glue:text}`white-CLIP:.0f`.
+#
+# Next: [chapter 03](03_sound_evaluation.py) shows how an evaluation fools itself with attacks that are written correctly.
+
+# %%
+book.footer(run)
+
+# %% [markdown]
+# ## References
+#
+# The works cited here stand on the [bibliography page](../book/bibliography.md).
