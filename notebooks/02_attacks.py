@@ -87,21 +87,21 @@ x, y = photos.pixels().to(run.device), photos.labels.to(run.device)
 pgd, keys = attacks.get_attack(sizes.pgd), [(seed, photos.name, i) for i in range(len(photos))]
 with torch.no_grad():
     right = model(x).argmax(1) == y
-shown = int(right.int().argmax())  # the first that is right
+shown = int(right.nonzero()[-1]) if right.any() else 0  # the last that is right
 
 # %%
 one, label, budgets = x[[shown]], y[[shown]], sizes.strip
 strip = torch.cat([one] + [pgd.run(surface, one, label, ThreatModel(e), [keys[shown]]) for e in budgets])
 with torch.no_grad():
     said, sure = model(strip).argmax(1).tolist(), model(strip).softmax(1).amax(1).tolist()
-feet = [f"{'✓' if s == label else '✗'} {photos.class_names[s]} {100 * p:.0f} %" for s, p in zip(said, sure, strict=True)]
+feet = [f"{'✓' if s == label else '✗'} {photos.class_names[s]}\n{100 * p:.0f} %" for s, p in zip(said, sure, strict=True)]
 wrong = [e for e, s in zip(budgets, said[1:], strict=True) if s != label]
 book.glue("first-wrong", f"ε = {wrong[0]:g}/255" if wrong else "a budget beyond the last")
 factor = 0.45 * 255 / max(budgets)
 rows = {"picture": strip, f"change × {factor:.0f}": (0.5 + factor * (strip - one)).clamp(0, 1)}
 fig = plots.picture_rows(rows, ["clean"] + [f"ε = {e:g}/255" for e in budgets], feet=feet)
 book.show(fig, "strip", alt="One photograph clean and attacked with growing budgets, the change drawn below each, and the model's answers",
-          caption=f"Photograph {shown} of the subset, the first that the model names correctly; {pgd.label}. ✓ marks the true class.")  # fmt: skip
+          caption=f"Photograph {shown} of the subset, the last that the model names correctly; {pgd.label}. ✓ marks the true class.")  # fmt: skip
 
 # %% [markdown]
 # For this photograph the answer turns at {glue:text}`first-wrong`.
@@ -110,7 +110,6 @@ book.show(fig, "strip", alt="One photograph clean and attacked with growing budg
 # than half a level does not survive saving. The `to_8bit` copy keeps the budget on the grid of levels.
 
 # %%
-whole = [e for e in budgets if e == int(e)]
 levels = {e: 255 * (to_8bit(x_adv[None], one, ThreatModel(e)) - one).abs() for e, x_adv in zip(budgets, strip[1:], strict=True)}
 book.table([{"ε (1/255)": f"{e:g}", "values changed in the file": f"{100 * (v > 0.5).float().mean():.1f} %",
              "largest change (levels)": f"{v.max():.0f}", "length of the change (ℓ2, in 1/255)": f"{255 * (d - one).norm():.0f}"}
@@ -120,13 +119,29 @@ book.table([{"ε (1/255)": f"{e:g}", "values changed in the file": f"{100 * (v >
 # %% [markdown]
 # ## What the attacker may do
 #
-# A threat model answers three questions. *What may change?* Here: no channel of a pixel by more than ε, written
-# $\|\delta\|_\infty \le \varepsilon$; or the Euclidean length of the whole change (ℓ2). *What is known?* *What counts as
-# success?* Any wrong answer (untargeted), or a chosen one (targeted).
+# A threat model answers three questions.
+#
+# *What may change?* On this page no channel of a pixel moves by more than ε, written $\|\delta\|_\infty \le \varepsilon$. Another common ball
+# bounds the Euclidean length of the whole change (ℓ2). Stickers, rotations or other words are other threats, and nothing here speaks of them.
+#
+# *What counts as success?* Any wrong answer (untargeted), or one that the attacker chose (targeted).
+#
+# *What is known?* Each line of this table can find only what the lines above it could have found:
+#
+# | attacker | has | tools on this page |
+# |---|---|---|
+# | white box, adaptive | the whole defense with its gradients, and what it does at test time | any objective of one's own |
+# | white box | weights and gradients | FGSM, PGD, APGD, FAB |
+# | queries | answers to pictures of one's choice | Square |
+# | transfer | another model | images made there |
+# | nothing | photographs of the same kind | a universal change, noise |
+#
+# In all of them the attacker looks for
 #
 # $$\max_{\delta}\; L\big(f(x + \delta), y\big) \quad \text{with} \quad \|\delta\| \le \varepsilon, \quad x + \delta \in [0, 1]$$
 #
-# A defense is tested against the strongest attacker whom it claims to resist. One who knows less can only find less.
+# A robust accuracy is the share of images for which the search fails. So it is worth as much as the search: test a defense
+# against the strongest attacker whom it claims to resist.
 #
 # | symbol | meaning | shape | name in code |
 # |---|---|---|---|
@@ -160,19 +175,23 @@ def along(direction):
 
 # %%
 curves = {name: (distances, along(d)) for name, d in directions.items()}
-slope = grad.flatten(1).abs().sum(1).mean().item() / 255
-plane = [value.mean().item() + t * slope for t in distances if t <= distances[2]]
-curves["the plane (sign)"] = (distances[: len(plane)], plane)
-book.glue("rise", curves["sign of the gradient"][1][-1] - value.mean().item())
-book.glue("rise-noise", curves["random signs"][1][-1] - value.mean().item())
+home, slope = value.mean().item(), grad.flatten(1).abs().sum(1).mean().item() / 255
+curves["the plane (sign)"] = (distances, [home + t * slope for t in distances])
+for name, curve in zip(("rise", "rise-l2", "rise-noise", "rise-plane"), curves.values(), strict=True):
+    book.glue(name, curve[1][-1] - home)
 fig = plots.convergence(curves, quantity="mean cross-entropy", steps="distance (1/255 for each pixel)")
 book.show(fig, "landscape", alt="Mean loss against distance along four curves: the sign of the gradient and the gradient rise steeply and bend, random signs stay flat, the plane rises straight",
           caption=f"Loss along fixed directions, mean of {len(x)} photographs. All directions have the same Euclidean length; the plane is what the slope at zero promises.")  # fmt: skip
 
 # %% [markdown]
-# Over {glue:text}`far` gray levels the sign of the gradient raises the loss by {glue:text}`rise:.1f`, random signs by
-# {glue:text}`rise-noise:.2f`. The plane soon leaves the curve: the gradient at $x$ says where to start, not where to end.
-# So take small steps and ask again.
+# Over {glue:text}`far` gray levels the sign of the gradient raises the loss by {glue:text}`rise:.1f`, random signs of the same size by
+# {glue:text}`rise-noise:.2f`. That is the whole difference between an attack and noise.
+#
+# The plane promised {glue:text}`rise-plane:.1f`. Where curve and plane part, the gradient at $x$ has become stale: it says where to
+# start, not where to end. So take small steps, and ask again at each.
+#
+# The gradient itself, stretched to the same Euclidean length, raises the loss by {glue:text}`rise-l2:.1f`. It may, because it
+# breaks the budget of single pixels. Which direction is steepest depends on the ball.
 #
 # ## One step: FGSM
 
@@ -219,7 +238,7 @@ package = attacks.pgd(attacks.cross_entropy(model, few_y), few, threat, n_steps=
 differences = {name: float((mine - other).abs().max()) for name, other in {"torchattacks": torchs, "attacks.pgd": package}.items()}
 for other in (torchs, package):
     same(mine, other, rtol=0, atol=1e-6)
-book.glue("apart", f"{max(differences.values()):.0e}")
+book.glue("apart", f"{max(differences.values()):.1g}")
 print(differences)
 
 # %% [markdown]
@@ -265,17 +284,24 @@ book.show(plots.picture_rows({"change, stretched": torch.cat([one, *drawn])}, he
 #
 # ## What steps and step size buy
 #
-# A curve for each step size: the share of photographs still named correctly at iterate $k$. Solid names are the iterate
-# itself; *so far* counts an image as lost once any iterate was wrong.
+# Two models answer. The *plain* one is CLIP. The *rippled* one adds a ripple to every pixel first: less than a gray level high, and
+# zero at whole gray levels, so that an 8-bit picture passes unchanged. It defends nothing. It only bends the loss, as defenses that hide
+# their gradient do.
 
 
 # %%
-def right_by_step(step_255, n_steps, key="steps"):
-    """Is the answer right at each iterate of PGD? bool [n_steps + 1, B]."""
+def rippled(model, period=2, height=2.0):
+    """The model behind a ripple of `period` gray levels; its slope turns the sign of gradients in places."""
+    w = 2 * torch.pi * 255 / period
+    return lambda x: model(x - height * (w * x).sin() / w)
+
+
+def right_by_step(source, step_255, n_steps, key="steps"):
+    """Is the answer right at each iterate of PGD on `source`? bool [n_steps + 1, B]."""
     seen = []
 
     def watched(x):
-        z = surface(x)
+        z = source(x)
         seen.append(z.detach().argmax(1) == y)
         return z
 
@@ -285,57 +311,96 @@ def right_by_step(step_255, n_steps, key="steps"):
 
 
 # %%
-shares = {"ε": 1, "ε/4": 4, "ε/16": 16}
-by_step = {name: right_by_step(eps_255 / k, sizes.n_steps) for name, k in shares.items()}
-curves = {f"step {name}": seen.float().mean(1).tolist() for name, seen in by_step.items()}
-curves["step ε, so far"] = by_step["ε"].cumprod(0).float().mean(1).tolist()
-for name, seen in by_step.items():
-    book.glue(f"last-{name.replace('/', '-')}", 100 * seen[-1].float().mean())
-book.glue("half-way", 100 * by_step["ε/4"][sizes.n_steps // 2].float().mean())
-book.glue("sofar", 100 * by_step["ε"].all(0).float().mean())
-back = (by_step["ε"][1:] & ~by_step["ε"][:-1]).sum().item()
-book.glue("returns", back)
-steps_fig = plots.convergence(curves, quantity="still right (%)", percent=True)
+sources, shares, figs = {"plain": surface, "rippled": rippled(surface)}, {"ε": 1, "ε/4": 4, "ε/16": 16}, []
+for kind, source in sources.items():
+    by_step = {name: right_by_step(source, eps_255 / k, sizes.n_steps) for name, k in shares.items()}
+    curves = {f"step {name}": seen.float().mean(1).tolist() for name, seen in by_step.items()}
+    curves["step ε, so far"] = by_step["ε"].cumprod(0).float().mean(1).tolist()
+    figs.append(plots.convergence(curves, quantity=f"{kind}: still right (%)", percent=True))
+    for name, curve in curves.items():
+        book.glue(f"{kind}-{name.removeprefix('step ').replace('/', '-').replace(', so far', '-best')}", 100 * curve[-1])
+    book.glue(f"{kind}-returns", int((by_step["ε"][1:] & ~by_step["ε"][:-1]).sum()))
 
 # %%
-restarts = [right_by_step(eps_255 / 4, 10, key=("restart", r)) for r in range(sizes.restarts)]
-long = right_by_step(eps_255 / 4, 10 * sizes.restarts)
-spent = [10 * (r + 1) for r in range(sizes.restarts)]
-worst_so_far = torch.stack([seen.all(0) for seen in restarts]).cumprod(0).float().mean(1).tolist()
-single = long.cumprod(0).float().mean(1)
-curves = {"10-step restarts": (spent, worst_so_far), "one long run": (spent, [single[s].item() for s in spent])}
-book.glue("long", 100 * single[-1])
-book.glue("restarted", 100 * worst_so_far[-1])
-book.glue("one-start", 100 * worst_so_far[0])
-figs = [steps_fig, plots.convergence(curves, quantity="still right (%)", steps="gradient steps spent", percent=True)]
-book.show(figs, "steps", alt="Left, accuracy falling over attack steps for three step sizes. Right, accuracy against gradient steps spent, by restarts and by one long run",
-          caption=f"Left: what a step size reaches. Right: the same number of gradients as restarts of ten steps or as one run, an image lost at any iterate. n = {len(x)}, ε = {eps_255:g}/255.")  # fmt: skip
+book.show(figs, "steps", alt="Accuracy falling over attack steps for three step sizes, one panel for the plain model and one for the rippled model, where a large step stays high",
+          caption=f"Share of {len(x)} photographs still named correctly at each iterate, ε = {eps_255:g}/255. “So far”: an image is lost once any iterate was wrong.")  # fmt: skip
 
 # %% [markdown]
-# After {glue:text}`n-steps` steps a step of ε leaves {glue:text}`last-ε:.0f` percent, ε/4 leaves {glue:text}`last-ε-4:.0f` and
-# ε/16 leaves {glue:text}`last-ε-16:.0f`. A step of ε jumps between corners: here it brought an image that was already wrong
-# back to the right answer {glue:text}`returns` times. Keeping the best iterate costs one forward pass and leaves
-# {glue:text}`sofar:.0f`.
+# On the plain model a step of ε leaves {glue:text}`plain-ε:.0f` percent after {glue:text}`n-steps` steps, ε/4
+# {glue:text}`plain-ε-4:.0f`, ε/16 {glue:text}`plain-ε-16:.0f`. A small step needs steps enough to cross the ball: at least ε/α of them.
 #
-# A small step needs steps enough to cross the ball: at least ε/α of them. Steps have paid for themselves where the curve
-# has gone flat.
+# On the rippled model the three leave {glue:text}`rippled-ε:.0f`, {glue:text}`rippled-ε-4:.0f` and
+# {glue:text}`rippled-ε-16:.0f`. What it keeps above the plain model is no robustness: every 8-bit picture that fools the one fools the other.
 #
-# Restarts guard against a start in a bad place: {glue:text}`restarts` of them take the ten-step attack from
-# {glue:text}`one-start:.0f` to {glue:text}`restarted:.0f` percent, and the same gradients as one run reach {glue:text}`long:.0f`.
-# Where restarts keep winning, one start was not enough for a verdict.
+# *The best iterate.* With a step of ε the rippled model returns from wrong to right {glue:text}`rippled-returns` times. The last iterate leaves
+# {glue:text}`rippled-ε:.0f` percent, the worst so far {glue:text}`rippled-ε-best:.0f`. Keeping the best costs one more forward pass.
+#
+# Steps have paid for themselves where a curve has gone flat. A curve that still falls is an unfinished attack, and a number read off
+# it is the attacker's patience.
+#
+# *Restarts* begin again from another random point. Here the same number of gradients is spent twice: as restarts of ten steps, and
+# as one long run.
+
+# %%
+spent, figs = [10 * (r + 1) for r in range(sizes.restarts)], []
+for kind, source in sources.items():
+    tries = [right_by_step(source, eps_255 / 4, 10, key=("restart", r)) for r in range(sizes.restarts)]
+    restarted = torch.stack([seen.all(0) for seen in tries]).cumprod(0).float().mean(1).tolist()
+    single = right_by_step(source, eps_255 / 4, spent[-1]).cumprod(0).float().mean(1)[spent].tolist()
+    curves = {"restarts of ten": (spent, restarted), "one long run": (spent, single)}
+    figs.append(plots.convergence(curves, quantity=f"{kind}: still right (%)", steps="gradient steps spent", percent=True))
+    for name, value in {"first": restarted[0], "restarted": restarted[-1], "long": single[-1]}.items():
+        book.glue(f"{kind}-{name}", 100 * value)
+
+# %%
+book.show(figs, "restarts", alt="Accuracy against the number of gradient steps spent, by restarts of ten steps and by one long run, for the plain and for the rippled model",
+          caption=f"The same number of gradients as restarts or as one run, an image lost at any iterate; step ε/4, ε = {eps_255:g}/255, n = {len(x)}.")  # fmt: skip
+
+# %% [markdown]
+# {glue:text}`restarts` starts take the ten-step attack from {glue:text}`plain-first:.0f` to {glue:text}`plain-restarted:.0f` percent on the plain
+# model, and from {glue:text}`rippled-first:.0f` to {glue:text}`rippled-restarted:.0f` on the rippled one. One run with the same gradients reaches
+# {glue:text}`plain-long:.0f` and {glue:text}`rippled-long:.0f`.
+#
+# Restarts guard against an unlucky start. Where they keep winning, one start was not enough for a verdict; where they change
+# nothing, spend the gradients on other losses.
 #
 # ## What to maximize
 #
-# Cross-entropy has a flat end: where the model is sure of the right class, its gradient is nearly nothing. The *margin*
-# $\max_{c \ne y} z_c - z_y$ has no softmax and no flat end; maximizing it is the core of {cite}`carlini2017cw`. A *targeted*
-# attack raises one chosen class, here the one that was second.
+# Cross-entropy has a flat end. Where the model is sure of the right class, its softmax has hardly any slope left, and in float32 it ends
+# in an exact zero. The *margin* $\max_{c \ne y} z_c - z_y$ has no softmax and no flat end; maximizing it is the core of
+# {cite}`carlini2017cw`.
 #
-# Momentum {cite}`dong2018mifgsm` averages gradients over steps. APGD {cite}`croce2020autoattack` also halves its own step when the loss stops rising.
+# How sure a CLIP is depends on its logit scale, which changes no answer. This model's is {glue:text}`scale:.0f`; OpenAI's is 100
+# {cite}`radford2021clip`. So multiply the logits, and attack again.
+
+# %%
+factors, losses = (1, 4, 16, 64), {"cross-entropy": attacks.cross_entropy, "margin": attacks.margin}
+by_scale = {name: [] for name in losses}
+for name, loss in losses.items():
+    for factor in factors:
+        goal = loss(lambda v, factor=factor: factor * surface(v), y)
+        x_adv = attacks.pgd(goal, x, threat, n_steps=10, generators=[generator(*k) for k in keys])
+        by_scale[name].append(book.measure_images(run, f"logits × {factor}", model, photos, x_adv, f"{name}-10", eps_255).value)
+for name, values in by_scale.items():
+    book.glue(f"scaled-{name}", 100 * values[-1])
+
+# %%
+fig = plots.convergence({name: (factors, values) for name, values in by_scale.items()}, quantity="left (%)", steps="factor on the logits", percent=True, log=True)
+book.show(fig, "scale", alt="Accuracy left by two attacks against a factor on the logits: under cross-entropy it rises with the factor, under the margin it stays low",
+          caption=f"Ten PGD steps at ε = {eps_255:g}/255 on logits times a factor, judged by the same answers; n = {len(x)}.")  # fmt: skip
+
+# %% [markdown]
+# At {glue:text}`factor` times the scale cross-entropy leaves {glue:text}`scaled-cross-entropy:.0f` percent and the margin
+# {glue:text}`scaled-margin:.0f`. The pictures that fool the model are the same; one loss no longer points to them.
+#
+# Other objectives and rules, in one table. A *targeted* attack raises one chosen class, here the one that was second.
+# Momentum {cite}`dong2018mifgsm` averages gradients over steps. APGD {cite}`croce2020autoattack` halves its own step when the loss stops
+# rising.
 
 
 # %%
 def runner_up(model, x, y):
-    """Targeted [B]: log-probability of the class that was second on the clean image, or first where that was wrong."""
+    """Targeted [B]: log-probability of the best wrong class of the clean image."""
     with torch.no_grad():
         target = model(x).scatter(1, y[:, None], -torch.inf).argmax(1)
     return lambda x_adv: -F.cross_entropy(model(x_adv), target, reduction="none")
@@ -347,21 +412,23 @@ targeted = attacks.attack_on(runner_up, f"targeted-{pgd.n_steps}", pgd.n_steps)
 plan = [attacks.get_attack(name) for name in sizes.attacks] + [targeted]
 measured = book.measure(run, undefended, photos, [(attack, threat) for attack in plan])
 clean, *found = [row for row in measured if row.metric != "robust_acc_8bit"]
-at = {row.attack: row for row in found}
 main = linf_rows[1]
-at[pgd.name] = main
+at = {row.attack: row for row in (main, *found)}
 worst = evaluate.worst_case(at.values())
 run.card.add(worst)
+
+# %%
 passes = {"forwards an image": lambda r: r.image_forwards / r.n, "backwards an image": lambda r: r.image_backwards / r.n}
-lines = [clean, main, *found, worst]
-book.paired_table(lines, main, by="attack", more=passes, caption=f"{photos.name}, undefended, ε = {eps_255:g}/255.")
+caption = f"{photos.name}, undefended, ε = {eps_255:g}/255; “none” are the clean images."
+book.paired_table([clean, main, *found, worst], main, by="attack", more=passes, caption=caption)
 
 # %% [markdown]
 # Read the points: an interval that lies below zero marks an attack that is stronger than {glue:text}`pgd-name` on these
 # photographs: {glue:text}`stronger`. Weaker: {glue:text}`weaker`. Of the rest these photographs cannot tell.
 #
 # Costs are means over all photographs. Those that the model names wrongly anyway are not attacked, and the parts of
-# AutoAttack stop at an image once it has fallen.
+# AutoAttack stop at an image once it has fallen. An attack that finishes its passes without success is the expensive case, and a
+# robust model is full of it.
 #
 # ## AutoAttack, part by part
 #
@@ -370,6 +437,9 @@ book.paired_table(lines, main, by="attack", more=passes, caption=f"{photos.name}
 #
 # Square asks for answers only. It tries squares of ±ε and keeps what helps. It is far weaker for its price, and that is
 # what makes it a control: where it beats a gradient attack, the gradient is at fault.
+#
+# The full AutoAttack has 100 steps a part and 5000 queries. The profile shortens it, and the names say to what; what it leaves is then an upper
+# bound.
 
 # %%
 parts = [name for name in sizes.attacks if name.startswith(("apgd", "fab", "square"))]
@@ -389,16 +459,16 @@ book.show(figs, "worst", alt="Left, accuracy under each attack alone and under t
           caption=f"Left: each attack alone, and the worst case per image over it and all before. Right: what an attack leaves against its forward and backward passes, 95 % intervals. {photos.name}, ε = {eps_255:g}/255.")  # fmt: skip
 
 # %% [markdown]
-# The worst case counts an image as lost if *any* attack turns it. Photographs that one attack alone turned:
-# {glue:text}`only`. It is taken image by image. The smallest accuracy of a table is not the worst case, unless one
-# attack turns whatever the others turn.
+# The worst case counts an image as lost if *any* attack turns it, and it is taken image by image. The smallest accuracy of a table is not
+# the worst case, unless one attack turns whatever the others turn. Photographs that one attack alone turned: {glue:text}`only`.
 #
-# An adaptive attacker would run all of them, and so must an evaluation.
+# On an undefended model PGD often has the last word. A defense changes that, and nobody knows beforehand which attack will see through it.
+# An attacker would run all of them, and so must an evaluation.
 #
 # ## Three controls
 #
 # *Noise* of the same size has no direction. A *universal* perturbation is one δ for all images, found on training
-# photographs by summing their gradients. A *transferred* attack was made on another model. None may do more than an attack on
+# photographs by summing their gradients {cite}`moosavi2017universal`. A *transferred* attack was made on another model. None may do more than an attack on
 # the image and model themselves.
 
 
@@ -456,7 +526,7 @@ against = {name: book.compared(evaluate.paired(r.records, main.records)) for nam
 for word, sign in {"stronger": "less than", "weaker": "more than"}.items():
     book.glue(word, ", ".join(name for name, told in against.items() if told == sign) or "none")
 known = {"n": len(photos), "clean": 100 * clean.value, "eps": f"{eps_255:g}", "pgd-name": pgd.name.upper()}
-known |= {"n-steps": sizes.n_steps, "restarts": sizes.restarts}
+known |= {"n-steps": sizes.n_steps, "restarts": sizes.restarts, "scale": clip.logit_scale, "factor": factors[-1]}
 for name, value in known.items():
     book.glue(name, value)
 
@@ -471,10 +541,10 @@ for name, value in known.items():
 # ## What a robust accuracy needs
 #
 # - A **budget** in pixels and a norm. Without ε the number means nothing.
-# - **Steps** until the curve is flat, and a **step size** that is small beside ε.
+# - **Steps** until the curve is flat, and more than one **step size**.
 # - **Restarts**, until they stop winning.
 # - The **best iterate**, not the last.
-# - More than one **loss**, one attack without gradients, and the **worst case per image** over all of them.
+# - More than one **loss**, one of them without a softmax; one attack without gradients; and the **worst case per image** over all of them.
 # - The **price**: passes for each image. An attack with few passes that fails has shown little.
 # - **Controls**: noise and transfer below, a budget that must win above.
 #
@@ -542,7 +612,8 @@ exercises.check_objective(my_objective, surface, photos.take(range(min(48, len(p
 # - An attack is a search. One step leaves {glue:text}`left-fgsm:.0f` percent, {glue:text}`pgd-name` {glue:text}`left-pgd:.0f`, the
 #   worst case over all attacks of this page {glue:text}`left-worst:.0f`; noise of that size leaves {glue:text}`left-noise:.0f`.
 # - PGD is ten lines. What makes a verdict of it is around them: budget, steps, restarts, losses, worst case.
-# - Attacks differ in what they turn, not only in how much. Combine them image by image.
+# - A bent loss or a large logit scale looks like robustness under the wrong attack: at {glue:text}`factor` times the scale cross-entropy leaves
+#   {glue:text}`scaled-cross-entropy:.0f` percent, the margin {glue:text}`scaled-margin:.0f`.
 # - Transferred images flatter: {glue:text}`transfer-CLIP:.0f` percent against {glue:text}`white-CLIP:.0f`.
 #
 # Next: [chapter 03](03_sound_evaluation.py) shows how an evaluation fools itself with attacks that are written correctly.

@@ -169,7 +169,7 @@ def check_unmasked(fn: Callable, masked: nn.Module, data: ImageSet, *, eps_255: 
 
     try:
         yours = left(surface)
-    except (UserError, RuntimeError) as error:
+    except (ValueError, RuntimeError) as error:
         raise AssertionError(f"PGD cannot use your module. {error}") from None
     through, noise = left(masked), left(None)
     told = f"through the mask {100 * through.mean():.1f} % stay right, noise leaves {100 * noise.mean():.1f} %"

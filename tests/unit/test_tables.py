@@ -161,3 +161,15 @@ def test_paired_table_compares_with_the_first_line():
     html = book.paired_table([right, half], right, caption="Mistakes.")
     assert cells(html, 1)[2] == "–" and cells(html, 2)[0] == "wrong"
     assert re.fullmatch(r"−50.0\u00a0\(−\d\d.\d to −\d\d.\d\)", cells(html, 2)[2]) and "n = 20" in html
+
+
+def test_paired_table_by_attack_with_more_columns():
+    weak, strong = row("CLIP", [1] * 20, attack="pgd-20"), row("CLIP", [1, 0] * 10, attack="worst")
+    html = book.paired_table([weak, strong], weak, by="attack", more={"steps": lambda r: r.extra["n_steps"]}, caption="c")
+    assert cells(html, 0) == ["attack", "accuracy", "points", "steps"]
+    assert cells(html, 1)[::3] == ["pgd-20", "20"] and cells(html, 2)[0] == "worst"
+    assert "paired difference to pgd-20" in html
+
+
+def test_points_are_percent_with_true_minus_signs():
+    assert book.points((0.123, -0.0456, 0.3)) == "+12.3\u00a0(−4.6 to +30.0)"
