@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 OUTPUTS :=
 
-.PHONY: setup sync test tiny book check bench checkpoints gpu-jobs
+.PHONY: setup sync test tiny book check slow links bench checkpoints gpu-jobs
 
 setup:        ## environment with the locked versions
 	python3 -m venv .venv && .venv/bin/pip install -q uv && .venv/bin/uv pip install -q --compile-bytecode -r requirements.lock -e .
@@ -25,6 +25,12 @@ book:         ## HTML in _build/html
 
 check:        ## what CI runs
 	$(PY) -m pytest
+
+slow:         ## what takes many minutes: the set-up that Colab runs, in an empty environment
+	$(PY) -m pytest -m slow tests
+
+links:        ## addresses on other hosts
+	.venv/bin/jupyter-book build . --builder linkcheck
 
 bench:        ## our steps against the released order of operations
 	set -e; for script in benchmarks/[a-z]*.py; do $(PY) $$script; done

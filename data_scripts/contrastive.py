@@ -6,15 +6,15 @@ import math
 import torch
 import torch.nn.functional as F
 
-from robustvlm_lite import transformer
-from robustvlm_lite.clip import MEAN, STD
-from robustvlm_lite.runtime import asset
+from robustvlm_lite import resnet, transformer
+from robustvlm_lite.clip import MEAN, STD, architectures, written_out
 
 
 def positions(visual, size: int) -> torch.Tensor:
-    """The position embedding for images of another size, [1 + N, W]."""
-    grid, new = visual.grid_size[0], size // visual.patch_size[0]
-    pos = visual.positional_embedding
+    """The position embedding for images of another size, [1 + N, W]: of the patches, or of a ResNet's attention pool."""
+    vit = written_out(visual) is transformer
+    pos, cell = (visual if vit else visual.attnpool).positional_embedding, visual.patch_size[0] if vit else resnet.STRIDE
+    grid, new = math.isqrt(len(pos) - 1), size // cell
     if new == grid:
         return pos
     spatial = pos[1:].T.reshape(1, -1, grid, grid)
@@ -24,12 +24,8 @@ def positions(visual, size: int) -> torch.Tensor:
 
 def image_features(model, x: torch.Tensor) -> torch.Tensor:
     mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (MEAN, STD))
-    x = (x - mean) / std
-    if not hasattr(model.visual, "class_embedding"):
-        return F.normalize(model.visual(x).float(), dim=-1)
-    return F.normalize(
-        transformer.image_tokens(model.visual, x, positions(model.visual, x.shape[-1]))[:, 0].float(), dim=-1
-    )
+    image_tokens, pos = written_out(model.visual).image_tokens, positions(model.visual, x.shape[-1])
+    return F.normalize(image_tokens(model.visual, (x - mean) / std, pos)[:, 0].float(), dim=-1)
 
 
 def contrastive_loss(model, tokenizer, batch, device) -> torch.Tensor:
@@ -56,11 +52,7 @@ def encode_captions(model, ids: torch.Tensor, buckets: int = 4) -> torch.Tensor:
 
 
 def make_model(name: str):
-    import open_clip
-
-    open_clip.add_model_config(asset("clip"))
-    model = open_clip.create_model(name, load_weights=False)
-    encode = open_clip.get_tokenizer(name, bpe_path=str(asset("clip", "bpe.txt.gz")))
+    model, encode = architectures.empty_model(name), architectures.tokenizer(name)
     encode_one = functools.cache(lambda text: encode(text)[0])  # captions repeat from step to step
 
     def tokenizer(texts: list[str]) -> torch.Tensor:
@@ -68,7 +60,7 @@ def make_model(name: str):
 
     with torch.no_grad():
         model.logit_scale.fill_(math.log(1 / 0.07))
-        if hasattr(model.visual, "class_embedding"):  # open_clip leaves the image tower at torch's defaults
+        if written_out(model.visual) is transformer:  # open_clip leaves this image tower at torch's defaults
             width = model.visual.transformer.width
             torch.nn.init.normal_(model.visual.positional_embedding, std=0.02)
             for block in model.visual.transformer.resblocks:

@@ -22,16 +22,18 @@ from robustvlm_lite.data.decoding import decode
 from robustvlm_lite.data.packs import read_rows
 from robustvlm_lite.runtime import generator, sha256
 
-# share of the photographs, and whether rare classes are drawn more often (weight count^-1/2)
+# Share of the photographs; p, for rare classes are drawn with weight count^-p (1 makes classes even); how often a batch's
+# images of the pack are cut and mixed. After 3.6 million images the accuracy on training rows lay above that on held-back
+# rows by 2 to 3 points for CIFAR-10 and PACS, 7 for CIFAR-100 and 10 to 17 for the others: these are mixed.
 SHARES = {
-    "tiny_imagenet": (0.36, False),
-    "cifar100": (0.18, False),
-    "cifar10": (0.13, False),
-    "caltech101": (0.10, True),
-    "pacs": (0.09, True),
-    "flowers102": (0.07, True),
-    "stl10": (0.05, False),
-    "oxford_pets_3class": (0.02, False),
+    "tiny_imagenet": (0.35, 0.0, 0.4),
+    "cifar100": (0.18, 0.0, 0.2),
+    "cifar10": (0.13, 0.0, 0.0),
+    "caltech101": (0.10, 0.75, 0.6),
+    "pacs": (0.09, 0.5, 0.0),
+    "flowers102": (0.07, 0.5, 0.5),
+    "stl10": (0.06, 0.0, 0.6),
+    "oxford_pets_3class": (0.02, 0.0, 0.6),
 }
 TEMPLATES = (
     "a photo of a {}.", "a picture of a {}.", "this is a photo of a {}.", "a {}.", "a photo of a {}",
@@ -79,7 +81,7 @@ class PackData:
         cut = round(len(keep) * validation)  # rows are stratified, so any prefix is balanced
         self.validation, self.train = keep[:cut], keep[cut:]
         count = labels[self.train].bincount(minlength=len(names)).float()
-        self.weights = count[labels[self.train]] ** (-0.5 if SHARES[name][1] else 0.0)
+        self.weights = count[labels[self.train]] ** -SHARES[name][1]
         self.sets = {name: (labels, [list(names)])}
         self.others: dict[str, float] = {}
         if name == "cifar100":
@@ -109,7 +111,8 @@ class PackData:
 
 
 def augment(images: Tensor, size: int, g: torch.Generator, chunk: int = 8) -> Tensor:
-    """Crops of 35 to 100 % of the area (one box a chunk of images), flips, brightness within 25 %; to `size` pixels."""
+    """Crops of 35 to 100 % of the area (one box a chunk of images), flips, brightness within 25 %, contrast and color
+    within 40 %; to `size` pixels."""
     out = []
     side = images.shape[-1]
     for part in images.split(chunk):
@@ -121,7 +124,22 @@ def augment(images: Tensor, size: int, g: torch.Generator, chunk: int = 8) -> Te
         out.append(F.interpolate(crop, size=(size, size), mode="bilinear", antialias=h > size or w > size))
     x = torch.cat(out)
     flip = torch.rand(len(x), 1, 1, 1, generator=g) < 0.5
-    return brighten(torch.where(flip, x.flip(-1), x) / 255, g)
+    x = torch.where(flip, x.flip(-1), x) / 255
+    for still in (x.mean((1, 2, 3), keepdim=True), x.mean(1, keepdim=True)):
+        x = still + (x - still) * (0.6 + 0.8 * torch.rand(len(x), 1, 1, 1, generator=g))
+    return brighten(x, g)
+
+
+def cutmix(x: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor, float]:
+    """The images with one box, up to half of the area, from another image of the batch; its index; the share it leaves
+    (Yun et al., CutMix, ICCV 2019)."""
+    side, other = x.shape[-1], torch.randperm(len(x), generator=g)
+    area, top, left = torch.rand(3, generator=g).tolist()
+    edge = round(side * (area / 2) ** 0.5)
+    y, z = int(top * (side - edge + 1)), int(left * (side - edge + 1))
+    x = x.clone()
+    x[..., y : y + edge, z : z + edge] = x[other][..., y : y + edge, z : z + edge]
+    return x, other, 1 - (edge / side) ** 2
 
 
 def brighten(x: Tensor, g: torch.Generator) -> Tensor:
@@ -129,7 +147,8 @@ def brighten(x: Tensor, g: torch.Generator) -> Tensor:
 
 
 class Mixture:
-    """Batches of (images [B, 3, S, S], captions, groups): a group is (image rows, target, caption rows) of one label set."""
+    """Batches of (images [B, 3, S, S], captions, groups): a group is (image rows, target, caption rows) of one
+    label set; its target are indices or, for mixed images, shares [rows, captions]."""
 
     def __init__(self, root: Path, cache: Path, rendered: float, absent: float = 0.25):
         cache.mkdir(parents=True, exist_ok=True)
@@ -168,7 +187,7 @@ class Mixture:
             if not count:
                 continue
             index = pack.train[torch.multinomial(pack.weights, count, replacement=True, generator=g)]
-            images.append(augment(torch.from_numpy(pack.images[index.numpy()]), size, g))
+            x = augment(torch.from_numpy(pack.images[index.numpy()]), size, g)
             other, share = next(iter(pack.others.items()), ("", 0.0))
             use_other = torch.rand(count, generator=g) < share
             for set_name, chosen in ((pack.name, ~use_other), (other, use_other)):
@@ -177,6 +196,12 @@ class Mixture:
                 target = pack.sets[set_name][0][index[chosen]]
                 classes = self.candidates(target, len(pack.sets[set_name][1][0]), g)
                 add(start + chosen.nonzero()[:, 0], target, classes, pack.captions(set_name, classes, g))
+                if torch.rand((), generator=g) < SHARES[pack.name][2]:
+                    x[chosen], other, kept = cutmix(x[chosen], g)
+                    rows, local, texts = groups[-1]
+                    one = F.one_hot(local, len(texts)).float()
+                    groups[-1] = rows, kept * one + (1 - kept) * one[other], texts
+            images.append(x)
             start += count
         if n_rendered:
             images.append(self._render(n_rendered, start, size, g, add))

@@ -1,6 +1,7 @@
-"""Muon: momentum whose update is made orthogonal, for the matrices of transformer blocks (Jordan et al. 2024).
+"""Muon: momentum whose update is made orthogonal, for the matrices of a network's inner layers (Jordan et al. 2024).
 
-Matrices of one shape are stacked and orthogonalized together, which is what makes it cheap on a CPU.
+Matrices of one shape are stacked and orthogonalized together, which is what makes it cheap on a CPU. A convolution's
+kernel counts as the matrix of its output channels by all that they see.
 """
 
 import torch
@@ -37,10 +38,11 @@ class Muon(torch.optim.Optimizer):
                     1 - group["lr"] * group["weight_decay"]
                 )  # else the matrices grow and the steps shrink beside them
                 for whole, piece in zip(p.chunk(self.parts[id(p)]), update.chunk(self.parts[id(p)]), strict=True):
+                    piece = piece.flatten(1)
                     tall = piece.shape[0] > piece.shape[1]
                     shapes.setdefault(tuple(sorted(piece.shape)), []).append((whole, piece.mT if tall else piece, tall))
             for (rows, cols), pieces in shapes.items():
                 done = orthogonalize(torch.stack([piece for _, piece, _ in pieces]))
                 for (whole, _, tall), o in zip(pieces, done, strict=True):
                     scale = (cols / rows) ** 0.5 if tall else 1.0
-                    whole.add_(o.mT if tall else o, alpha=-group["lr"] * scale)
+                    whole.add_((o.mT if tall else o).reshape(whole.shape), alpha=-group["lr"] * scale)

@@ -95,7 +95,6 @@ good, fooled = before.argmax(1) == y, after.argmax(1) != y
 chosen = (2 * (good & fooled) + good.int()).argsort(descending=True, stable=True)[:3]  # else others that are right
 panels = {"clean": (x, before), f"attacked, ε = {eps_255:g}/255": (x_adv, after)}
 figs = [plots.guesses(i[chosen], p[chosen], photos.class_names, y[chosen], title=t) for t, (i, p) in panels.items()]
-book.glue("first-name", photos.name)
 book.show(figs, "first", alt="Three photographs with the five classes that the model finds most probable, clean on the left and attacked on the right, where the photographs look the same",
           caption=f"Three photographs of {photos.name}, clean and under {pgd.label}; ✓ marks the true class. Of the first {len(x)}, {int(good.sum())} are right when clean and {int((good & ~fooled).sum())} of those when attacked.")  # fmt: skip
 

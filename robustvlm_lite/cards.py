@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from . import runtime
 from .records import ACCURACIES, SCHEMA, Row, read_parquet, verdicts, write_whole
 from .runtime import UserError, code_sha256, git_commit, resolve_device, versions
 from .stats import wilson
@@ -145,6 +146,17 @@ def load_card(path) -> dict:
     return card
 
 
+def shelf() -> Path:
+    """The folder of the committed cards: one folder for each, named CHAPTER-PROFILE."""
+    return runtime.PACKAGE.parent / "book" / "cards"
+
+
+def committed(chapter: str = "") -> dict[str, dict]:
+    """Folder name -> card of every committed card, of one chapter if given."""
+    cards = {path.parent.name: load_card(path) for path in sorted(shelf().glob("*/card.json"))}
+    return {name: card for name, card in cards.items() if chapter in ("", card["chapter"])}
+
+
 def load_examples(path) -> pa.Table:
     """The records beside a card (its folder or its card.json). Raises UserError if they are absent or damaged."""
     path = Path(path)
@@ -195,9 +207,10 @@ def validate(card, where: str) -> None:
         require(verdict in VERDICTS, f"claim {claim['id']}: expected one of {known}, got {verdict!r}")
 
 
-def recompute(card_dir) -> list[dict]:
-    """The accuracy rows of a card with n, value and ci95 computed anew from its examples and from nothing else."""
-    return _recomputed(load_card(card_dir), load_examples(card_dir))
+def recompute(card_dir) -> list[tuple[dict, dict]]:
+    """(as it stands, as its examples give it) of every accuracy row: n, value and ci95 come from the examples alone."""
+    card = load_card(card_dir)
+    return list(zip(_accuracies(card), _recomputed(card, load_examples(card_dir)), strict=True))
 
 
 def is_stale(card: dict) -> bool:

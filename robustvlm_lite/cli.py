@@ -37,7 +37,7 @@ def parser() -> Parser:
         sub.set_defaults(function=function)
         return sub
 
-    command(_list, "list", "chapters, what each reproduces, and its time by profile", "list")
+    command(_list, "list", "chapters, what each reproduces, its time and memory by profile", "list")
 
     run = command(_run, "run", "execute a chapter and write its result card", "run 04_tga_zsr -p eps_255 2 --seed 1")
     run.add_argument("chapter", metavar="CHAPTER", help="a name that `robustvlm list` shows")
@@ -88,7 +88,7 @@ def _add_evaluate_options(sub: Parser) -> None:
         "or a name of `robustvlm data list`",
     )
     sub.add_argument("--data-root", default="", metavar="DIR", help="folder that holds a pack given by name")
-    sub.add_argument("--model", default="nano", help="a bundled CLIP or an open_clip architecture (%(default)s)")
+    sub.add_argument("--model", default="nano", help="a CLIP that doctor lists, or an open_clip architecture (%(default)s)")
     sub.add_argument("--pretrained", default="", metavar="PATH", help="its weights: a file, or a tag of open_clip")
     sub.add_argument("--defense", default="none", help="none (the default), one of the book, or a checkpoint's path")
     sub.add_argument("--attack", default="pgd", help="pgd (the default), cw, apgd-ce, autoattack, square, noise …")
@@ -107,9 +107,12 @@ def _list(_) -> None:
     for name, chapter in yaml.safe_load(PROFILES.read_text(encoding="utf-8")).items():
         print(f"{name}  {chapter['title']}\n    {chapter['reproduces']}")
         for profile, sizes in chapter["profiles"].items():
-            minutes = sizes["minutes"]
+            minutes, estimated = sizes["minutes"], sizes.get("estimated", ())
             took = f"{minutes} min" if minutes < 90 else f"{minutes / 60:.0f} h"
-            print(f"    {profile:6} {took:>7}  {sizes['where']}")
+            cost = {"minutes": took, "memory_gb": f"{sizes['memory_gb']:g} GB"}
+            took, memory = (f"~{text}" if field in estimated else text for field, text in cost.items())
+            print(f"    {profile:6} {took:>7} {memory:>8}  {sizes['where']}")
+    print("time, peak memory of the largest process; ~ is an estimate, the rest was measured")
 
 
 def _run(args) -> None:
@@ -158,45 +161,18 @@ def _data_prepare(args) -> int:
 
 
 def _claims(args) -> int:
-    from .cards import load_card
-    from .claims import load_claims
-    from .runtime import PACKAGE, PROFILES
+    from .cards import committed, shelf
+    from .verdicts import book_verdicts, contradictions
 
-    cards = {path: load_card(path) for path in sorted((PACKAGE.parent / "book" / "cards").glob("*/card.json"))}
-    for claim in load_claims():
-        best = (False, -1, "not_tested", "no card yet")  # a verdict before none, then the largest profile
-        for path, card in cards.items():
-            for decided in card["claims"]:
-                if decided["id"] == claim["id"] and card["chapter"] == claim["chapter"]:
-                    verdict = decided["verdict"]
-                    rank = (verdict != "not_tested", PROFILES.index(card["profile"]), verdict)
-                    best = max(best, (*rank, str(path.relative_to(PACKAGE.parent))))
-        print(f"{claim['id']}  {best[2]}  ({best[3]})\n    {claim['statement']} [{claim['where']}]")
+    cards = committed()
+    for v in book_verdicts(cards):
+        source = f"book/cards/{v.card}/card.json{', stale' if v.stale else ''}" if v.card else v.why
+        print(f"{v.claim['id']}  {v.verdict}  ({source})\n    {v.claim['statement']} [{v.claim['where']}]")
     if not args.check:
         return 0
-    problems = [problem for path, card in cards.items() for problem in _contradictions(path, card)]
+    problems = [problem for name in cards for problem in contradictions(shelf() / name)]
     print("\n".join(problems) or f"{len(cards)} cards: every verdict and accuracy follows from the examples")
     return 1 if problems else 0
-
-
-def _contradictions(path: Path, card: dict) -> list[str]:
-    """Where a card says something else than its examples give, one line each."""
-    from .cards import load_examples, recompute
-    from .claims import decide, load_claims
-
-    written = {claim["id"]: claim["verdict"] for claim in card["claims"]}
-    decided = decide(load_claims(chapter=card["chapter"]), card, load_examples(path))
-    found = [
-        f"{path}: {claim['id']} says {written.get(claim['id'], 'nothing')}, its examples give {claim['verdict']}"
-        for claim in decided
-        if written.get(claim["id"]) != claim["verdict"]
-    ]
-    rows = {(r["method"], r["dataset"], r["attack"], r["eps_255"], r["metric"]): r["value"] for r in card["rows"]}
-    for row in recompute(path):
-        key = (row["method"], row["dataset"], row["attack"], row["eps_255"], row["metric"])
-        if rows[key] != row["value"]:
-            found.append(f"{path}: {' '.join(map(str, key))} says {rows[key]}, its examples give {row['value']}")
-    return found
 
 
 def _doctor(args) -> int:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 PACKAGE = Path(__file__).resolve().parent
 NEEDED_GB = 2  # of free disk: a run's folder, the built book, caches
@@ -32,11 +33,14 @@ def examine(data_root: str = "") -> int:
         ok, text = outcome(check)
         failed += not ok and check in essential
         print("✓" if ok else "✗" if check in essential else "–", text)
+    ok, lines = outcome(published_weights)
+    for here, text in lines if ok else [(False, lines)]:
+        print("✓" if here else "–", text)
     return 1 if failed else 0
 
 
-def outcome(check: Callable[[], str]) -> tuple[bool, str]:
-    """(passed, line); whatever a check raises becomes its line."""
+def outcome(check: Callable) -> tuple[bool, Any]:
+    """(True, what the check returns), or (False, a line): whatever a check raises becomes its line."""
     try:
         return True, check()
     except Problem as problem:
@@ -101,10 +105,12 @@ def device() -> str:
 
 
 def weights() -> str:
-    """Each bundled CLIP against the SHA-256 on its card."""
+    """Each bundled CLIP against the SHA-256 on its card. A config alone is an architecture that nobody has trained yet."""
     folder, names = PACKAGE / "assets" / "clip", []
     for config in sorted(p for p in folder.glob("*.json") if not p.name.endswith(".card.json")):
         card, file = config.with_suffix(".card.json"), config.with_suffix(".safetensors")
+        if not (file.is_file() or card.is_file()):
+            continue
         if not (file.is_file() and card.is_file()):
             missing = card.name if file.is_file() else file.name
             raise Problem(f"weights of {config.stem}: {missing} is missing in {folder}; check it out again")
@@ -114,6 +120,18 @@ def weights() -> str:
     if not names:
         raise Problem(f"no bundled CLIP in {folder}; check the repository out again")
     return f"bundled weights: {', '.join(names)}"
+
+
+def published_weights() -> list[tuple[bool, str]]:
+    """(is here, line) for every published weights that `load_clip` takes by name; the checksum is compared when one loads."""
+    from .clip import registry
+
+    lines = []
+    for entry in registry.published().values():
+        path, first = registry.on_machine(entry), "downloaded at the first use; without network, " if entry.hub else ""
+        where = path or f"missing; {first}{registry.how_to_get(entry)}"
+        lines.append((path is not None, f"weights {entry.name}: {where}"))
+    return lines
 
 
 def photographs() -> str:

@@ -5,22 +5,33 @@ book need every token and every attention matrix inside the graph, and attention
 softmax(q kT) v trains about 1.8 times faster than the fused kernel on CPUs in bfloat16.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Past = tuple[Tensor, Tensor]  # keys and values [B, heads, P, W / heads] of tokens that stand before the others
 
-def _query_key_value(attn: nn.MultiheadAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Each [B, heads, N, W / heads]; the query carries the 1 / sqrt(W / heads)."""
+
+def query_key_value(attn: nn.MultiheadAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Each [B, heads, N, W / heads] for tokens x [B, N, W]; the query carries the 1 / sqrt(W / heads)."""
     b, n, w = x.shape
     qkv = F.linear(x, attn.in_proj_weight, attn.in_proj_bias).view(b, n, 3, attn.num_heads, w // attn.num_heads)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
     return q * q.shape[-1] ** -0.5, k, v
 
 
-def attend(attn: nn.MultiheadAttention, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Self-attention of x [B, N, W], and the matrices [B, heads, N, N] that it went through; mask [N, N] is added to the scores."""
-    q, k, v = _query_key_value(attn, x)
+def attend(
+    attn: nn.MultiheadAttention, x: Tensor, mask: Tensor | None = None, past: Past | None = None
+) -> tuple[Tensor, Tensor]:
+    """Self-attention of x [B, N, W], and the matrices [B, heads, N, P + N] that it went through.
+
+    mask [N, P + N] is added to the scores. past: of P tokens before x, which x sees but which are not computed again.
+    """
+    q, k, v = query_key_value(attn, x)
+    if past is not None:
+        k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
     scores = q @ k.transpose(-1, -2)
     weights = (scores if mask is None else scores + mask).softmax(dim=-1).to(v.dtype)
     return attn.out_proj((weights @ v).transpose(1, 2).reshape(x.shape)), weights
@@ -33,21 +44,31 @@ def attention(attn: nn.MultiheadAttention, x: Tensor, mask: Tensor | None = None
 
 def attention_weights(attn: nn.MultiheadAttention, x: Tensor) -> Tensor:
     """The attention matrices [B, heads, N, N] of x [B, N, W]; rows sum to 1."""
-    q, k, _ = _query_key_value(attn, x)
+    q, k, _ = query_key_value(attn, x)
     return (q @ k.transpose(-1, -2)).softmax(dim=-1)
 
 
-def run_block(block: nn.Module, x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """One residual attention block."""
-    x = x + block.ls_1(attention(block.attn, block.ln_1(x), mask))
+def run_block(block: nn.Module, x: Tensor, mask: Tensor | None = None, past: Past | None = None) -> Tensor:
+    """One residual attention block; mask and past as in `attend`."""
+    return finish_block(block, x, attend(block.attn, block.ln_1(x), mask, past)[0])
+
+
+def finish_block(block: nn.Module, x: Tensor, mixed: Tensor) -> Tensor:
+    """What a block makes of tokens x [..., W] whose attention output is `mixed` [..., W]: both residual steps."""
+    x = x + block.ls_1(mixed)
     return x + block.ls_2(block.mlp(block.ln_2(x)))
 
 
-def embed(visual: nn.Module, x: Tensor, positions: Tensor | None = None) -> Tensor:
-    """Tokens [B, 1 + N, W] at the input of the first block; CLS first."""
+def embed(visual: nn.Module, x: Tensor, positions: Tensor | None = None, extra: Tensor | None = None) -> Tensor:
+    """Tokens [B, 1 + N, W] at the input of the first block; CLS first.
+
+    extra [n, W] or [B, n, W]: tokens without a position, put behind the patches before `ln_pre`; then [B, 1 + N + n, W].
+    """
     patches = visual.conv1(x).flatten(2).transpose(1, 2)  # [B, N, W]
     cls = visual.class_embedding.to(patches.dtype).expand(len(x), 1, -1)
     tokens = torch.cat([cls, patches], dim=1) + (visual.positional_embedding if positions is None else positions)
+    if extra is not None:
+        tokens = torch.cat([tokens, extra.expand(len(x), -1, -1)], dim=1)
     return visual.ln_pre(tokens)
 
 
@@ -62,18 +83,45 @@ def image_stages(visual: nn.Module, x: Tensor, positions: Tensor | None = None) 
     return stages
 
 
-def image_matrices(visual: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Tokens [B, 1 + N, W] after the last block, and every block's attention matrices [B, heads, 1 + N, 1 + N].
+def matrices_through(blocks: Sequence[nn.Module], tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Tokens [B, N, W] after `blocks`, and each block's attention matrices [B, heads, N, N].
 
-    The tokens are computed through the matrices, so that a gradient reaches them. x: normalized images.
+    The tokens are computed through the matrices, so that a gradient reaches them.
     """
-    tokens, matrices = embed(visual, x), []
-    for block in visual.transformer.resblocks:
+    matrices = []
+    for block in blocks:
         mixed, weights = attend(block.attn, block.ln_1(tokens))
         matrices.append(weights)
-        tokens = tokens + block.ls_1(mixed)
-        tokens = tokens + block.ls_2(block.mlp(block.ln_2(tokens)))
+        tokens = finish_block(block, tokens, mixed)
     return tokens, matrices
+
+
+def image_matrices(visual: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """`matrices_through` all blocks: tokens [B, 1 + N, W] and matrices [B, heads, 1 + N, 1 + N]. x: normalized images."""
+    return matrices_through(visual.transformer.resblocks, embed(visual, x))
+
+
+@torch.no_grad()
+def tokens_before(visual: nn.Module, x: Tensor, last: int) -> Tensor:
+    """Tokens [B, 1 + N, W] at the input of the last `last` blocks, without a graph. x: normalized images."""
+    tokens = embed(visual, x)
+    for block in visual.transformer.resblocks[: len(visual.transformer.resblocks) - last]:
+        tokens = run_block(block, tokens)
+    return tokens
+
+
+def cls_block(block: nn.Module, x: Tensor, normed: Tensor) -> tuple[Tensor, Tensor]:
+    """What a block makes of CLS alone, [B, 1, W], and its attention [B, N, N], averaged over heads and detached.
+
+    CLS asks all tokens of x [B, N, W] for keys and values, but needs only its own query and MLP: exact, and most of the
+    last block's work is saved. normed: the block's ln_1 of x, so that the caller can take a gradient there.
+    """
+    q, k, v = query_key_value(block.attn, normed)
+    row = (q[:, :, :1] @ k.transpose(-1, -2)).softmax(dim=-1)
+    mixed = block.attn.out_proj((row @ v).transpose(1, 2).reshape(len(x), 1, -1))
+    with torch.no_grad():
+        weights = (q @ k.transpose(-1, -2)).softmax(dim=-1).mean(dim=1)
+    return finish_block(block, x[:, :1], mixed), weights
 
 
 def project(visual: nn.Module, tokens: Tensor) -> Tensor:

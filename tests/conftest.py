@@ -33,13 +33,14 @@ def register(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("architectures")
 
-    def add(name, *, quick_gelu=False, image_size=32, context_length=16, **vision) -> str:
+    def add(name, *, quick_gelu=False, image_size=32, context_length=16, text_layers=2, **vision) -> str:
         config = {
             "embed_dim": 16,
             "quick_gelu": quick_gelu,
             "vision_cfg": {"image_size": image_size, "patch_size": 8, "layers": 2, "width": 32, "head_width": 8},
-            "text_cfg": {"context_length": context_length, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2},
+            "text_cfg": {"context_length": context_length, "vocab_size": 49408, "width": 16, "heads": 2},
         }
+        config["text_cfg"]["layers"] = text_layers
         config["vision_cfg"] |= vision
         (folder / f"{name}.json").write_text(json.dumps(config))
         open_clip.add_model_config(folder / f"{name}.json")

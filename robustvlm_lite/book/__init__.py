@@ -1,5 +1,6 @@
 """What a chapter's notebook calls: start and footer, figures, tables, glued numbers, and exercises that answer back."""
 
+from .bundled import known_table, learning_curves, making_table, model_cards, nearly_done, notes_tables, overlap_table
 from .markup import Html, table
 from .measure import (
     batched,
@@ -12,6 +13,7 @@ from .measure import (
     measure_images,
     measure_logits,
     measure_maps,
+    measure_seconds,
     training_cost,
 )
 from .run import Run, footer, glue, show, start
@@ -40,11 +42,19 @@ __all__ = [
     "footer",
     "glue",
     "images",
+    "known_table",
+    "learning_curves",
+    "making_table",
     "map_facts",
     "measure",
     "measure_images",
     "measure_logits",
     "measure_maps",
+    "measure_seconds",
+    "model_cards",
+    "nearly_done",
+    "notes_tables",
+    "overlap_table",
     "paired_table",
     "points",
     "published_table",

@@ -1,6 +1,7 @@
 """Train and measure defenses inside a run: every result goes into the card, and a killed run goes on where it stopped."""
 
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,12 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .. import attention, defenses, evaluate
-from ..cards import load_card
+from ..cards import load_card, shelf
 from ..clip import ZeroShotCLIP, load_clip
 from ..data import ImageSet
 from ..defenses import Defense, Training
+from ..evaluate import PassCounter
 from ..records import Row
-from ..runtime import PACKAGE, UserError
+from ..runtime import UserError
 from ..stats import bootstrap_mean, paired_bootstrap
 
 
@@ -48,9 +50,10 @@ def defended(run, name: str, train_sets: Sequence[ImageSet] = (), attack=None) -
         found = defenses.load_defense(name, clip)
         _require_same_training(run, found, train_sets)
         return found
-    defense, plan = defenses.build(name, clip, **run.sizes.tga), training(run)
+    weights = getattr(run.sizes, "tga", {})
+    defense, plan = defenses.build(name, clip, **weights), training(run)
     kept = run.out / "trained" / f"{defenses.checkpoint(name, clip.name).stem}.safetensors"
-    key = {"training": {**asdict(plan), "precision": str(plan.precision)}, "seed": run.seed, "tga": run.sizes.tga}
+    key = {"training": {**asdict(plan), "precision": str(plan.precision)}, "seed": run.seed, "tga": weights}
     key |= {"data": [s.sha256 for s in train_sets], "eps": run.sizes.eps_train, "base": clip.weights_sha256}
     if kept.exists() and (found := _read(kept, key)) is not None:
         defense.clip.visual.load_state_dict(found["weights"])
@@ -88,17 +91,45 @@ def training_cost(run, names: Sequence[str], train_sets: Sequence[ImageSet], att
     """Seconds of a training step, all methods one after the other on this machine, as card rows of metric train_s.
 
     On half a batch, to be quick. The first step, which warms up, does not count: n is steps - 1, and the interval is of
-    their mean. Nothing of this training is kept.
+    their mean. The passes of a row are those of one step, through the model in training and the frozen one. Nothing of
+    this training is kept.
     """
     plan, clip, rows = replace(training(run), steps=steps), run.load_clip(), []
     batch = train_sets[0].take(range(min(plan.batch // 2, len(train_sets[0]))))
     for name in names:
         defense = defenses.build(name, clip, **run.sizes.tga)
-        defense.fit(batch, attack=attack, training=plan, seed=run.seed, progress=False)
+        with PassCounter(defense.clip.visual.conv1) as own, PassCounter(clip.visual.conv1) as frozen:
+            defense.fit(batch, attack=attack, training=plan, seed=run.seed, progress=False)
+        passes = {"image_forwards": own.forwards + frozen.forwards, "image_backwards": own.backwards + frozen.backwards}
         seconds, extra = np.array(defense.step_seconds[1:]), {"seed": run.seed, "batch": len(batch)}
         place = {"method": name, "dataset": batch.name, "attack": "none", "eps_255": run.sizes.eps_train}
         rows.append(Row(**place, metric="train_s", n=len(seconds), value=seconds.mean().item(),
-                        ci95=bootstrap_mean(seconds), extra=extra))  # fmt: skip
+                        ci95=bootstrap_mean(seconds), extra=extra,
+                        **{key: count // steps for key, count in passes.items()}))  # fmt: skip
+    run.card.add(rows)
+    return rows
+
+
+def measure_seconds(
+    run, dataset: str, functions: Mapping[str, Callable[[], object]], *, rounds: int = 4, **extra
+) -> list[Row]:
+    """Seconds of each function, all called in turn, as card rows of metric train_s; the first round only warms up.
+
+    Turns spread a machine's moods evenly. n is the number of rounds; the interval is of their mean.
+    """
+    seconds = {name: [] for name in functions}
+    for _ in range(1 + rounds):
+        for name, function in functions.items():
+            began = time.perf_counter()
+            function()
+            if run.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - began)
+    rows = []
+    for name, values in seconds.items():
+        kept = np.array(values[1:])
+        rows.append(Row(name, dataset, "none", 0.0, "train_s", rounds, kept.mean().item(), bootstrap_mean(kept),
+                        extra={"seed": run.seed, **extra}))  # fmt: skip
     run.card.add(rows)
     return rows
 
@@ -187,7 +218,7 @@ def measure_maps(
 
 def committed_card(chapter: str, profile: str) -> dict | None:
     """The card of a chapter that the book ships for this profile, or None."""
-    path = PACKAGE.parent / "book" / "cards" / f"{chapter}-{profile}"
+    path = shelf() / f"{chapter}-{profile}"
     return load_card(path) if (path / "card.json").exists() else None
 
 

@@ -52,15 +52,19 @@ def accuracy_table(
 
 
 def sets_table(rows: Sequence[Row], classes: Mapping[str, int], *, caption: str) -> Html:
-    """One line a data set: number of classes, n, accuracy of guessing, and the row's accuracy with its interval.
+    """One line a data set: number of classes, n, accuracy of guessing, and the accuracies with their intervals.
 
-    rows: of one method. classes: data set -> number of classes.
+    rows: of one method, clean ones alone or also under one attack, a column for each ε. classes: data set -> number of
+    classes.
     """
-    lines = []
+    alone, lines = all(row.attack == "none" for row in rows), {}
     for row in rows:
         known = {"data set": row.dataset, "classes": classes[row.dataset], "images": row.n}
-        lines.append(known | {"chance": 100 / classes[row.dataset], "accuracy (95 % interval)": _accuracy(row)})
-    return table(lines, caption=f"{caption} In percent.", formats={"chance": ".1f"}, card_link=True)
+        line = lines.setdefault(row.dataset, known | {"chance": 100 / classes[row.dataset]})
+        clean = "accuracy (95 % interval)" if alone else "clean"
+        line[f"ε = {row.eps_255:g}/255" if row.eps_255 else clean] = _accuracy(row)
+    told = "" if alone else f" {_conditions(rows)}"
+    return table(list(lines.values()), caption=f"{caption} In percent.{told}", formats={"chance": ".1f"}, card_link=True)
 
 
 def paired_table(
@@ -97,11 +101,13 @@ def _pick(rows: Sequence[Row], method: str, head: str, fields: Mapping) -> Row |
 
 
 def _accuracy(row: Row | None) -> str | None:
-    if row is None:
-        return None
-    low, high = row.ci95
-    # no line breaks at this space and this dash
-    return f"{100 * row.value:.1f}\u00a0({100 * low:.1f}\u2060–\u2060{100 * high:.1f})"
+    return None if row is None else with_interval(row.value, row.ci95)
+
+
+def with_interval(value: float, interval: Sequence[float]) -> str:
+    """A fraction and its interval in percent, "54.3 (50.2–58.4)", with no line break inside."""
+    low, high = interval
+    return f"{100 * value:.1f}\u00a0({100 * low:.1f}\u2060–\u2060{100 * high:.1f})"
 
 
 def _clear_winner(rows: Sequence[Row | None]) -> str:

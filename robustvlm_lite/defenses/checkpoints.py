@@ -10,16 +10,22 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from ..clip import ZeroShotCLIP
 from ..runtime import UserError
 from .base import Defense
 
 
+def _tower(clip: ZeroShotCLIP) -> dict[str, Tensor]:
+    """Weights and statistics of the image tower, without the step counters of batch norm."""
+    return {key: value for key, value in clip.visual.state_dict().items() if value.is_floating_point()}
+
+
 def save_change(defense: Defense, original: ZeroShotCLIP, path: Path, **facts) -> None:
     """Write the change from `original`'s image tower to the defense's; facts (JSON values) go into the header."""
-    before, after, tensors = original.visual.state_dict(), defense.clip.visual.state_dict(), {}
-    for key, value in after.items():
+    before, tensors = _tower(original), {}
+    for key, value in _tower(defense.clip).items():
         change = (value - before[key]).detach().float().cpu()
         rows = change.reshape(len(change), -1) if change.ndim > 1 else change.reshape(1, -1)
         scale = rows.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127
@@ -49,7 +55,7 @@ def load_change(defense: Defense, path: Path) -> Defense:
         raise UserError(
             f"expected {path.name} on the weights it was trained from ({facts['base']}), got {clip.name} with others"
         )
-    tower, changes = clip.visual.state_dict(), load_file(path)
+    tower, changes = _tower(clip), load_file(path)
     for key, value in tower.items():  # all of them before the first weight moves
         rows = len(value) if value.ndim > 1 else 1
         wanted = {key: (rows, value.numel() // rows), f"{key}.scale": (rows,)}

@@ -1,6 +1,7 @@
 """The loop that every fine-tuning defense shares: adversarial images in, a weighted sum of terms out, one optimizer step."""
 
 import copy
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -162,6 +163,26 @@ class FineTuning(Defense):
                 parts.setdefault(name, []).append(value.detach())
         task.frozen = {name: torch.cat(values) for name, values in parts.items()}
         return task
+
+
+def collapsed_at(natural: Sequence[float], adversarial: Sequence[float], n_classes: int, window: int = 50) -> int | None:
+    """The first step, from 0, by which a run has collapsed; None if it never does.
+
+    natural, adversarial: the clean cross-entropy and the adversarial term of each step. Collapsed means that for `window`
+    steps in a row the first lies within 5 percent of ln C and the second below 1e-3: the model gives every image the same
+    answer, which no attack can change (reported for FAP on EuroSAT). Such a run is kept and marked, never started again.
+    """
+    if len(natural) != len(adversarial) or n_classes < 2 or window < 1:
+        raise UserError(
+            f"expected two terms of equally many steps, n_classes >= 2 and window >= 1, got {len(natural)} and "
+            f"{len(adversarial)} steps, {n_classes} and {window}"
+        )
+    chance, run = math.log(n_classes), 0
+    for step, (clean, attacked) in enumerate(zip(natural, adversarial, strict=True)):
+        run = run + 1 if abs(clean - chance) <= 0.05 * chance and attacked < 1e-3 else 0
+        if run == window:
+            return step
+    return None
 
 
 class _Order:

@@ -6,7 +6,7 @@ there is room. Strips of many columns are 7 in wide. There are no titles: the ca
 
 from .charts import ablation_grid, accuracy_vs_eps, convergence, cost_scatter, paired_bars
 from .grids import confusion_grid, mosaics, pair_grid, similarities, stretched
-from .pictures import attacked_strip, guesses, map_strip, picture_rows
+from .pictures import attacked_strip, captioned, guesses, map_strip, picture_rows
 from .style import COLORS, color
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "ablation_grid",
     "accuracy_vs_eps",
     "attacked_strip",
+    "captioned",
     "color",
     "confusion_grid",
     "convergence",

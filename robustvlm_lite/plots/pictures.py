@@ -1,4 +1,4 @@
-"""Strips of pictures: an attacked image with what the model says to it, and maps laid over images."""
+"""Strips of pictures: images with captions, an attacked image with what the model says to it, maps laid over images."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -16,6 +16,31 @@ from .style import NARROW, POINTS, WIDE, new_figure, require, styled
 RIGHT, WRONG = "#0072B2", "#D55E00"
 LOUDEST = 0.45  # the largest change of the perturbation is drawn this far from gray
 OVERLAY, MAP = 0.6, "viridis"
+
+
+@styled
+def captioned(images: Tensor, captions: Sequence[str], *, columns: int = 3, title: str = ""):
+    """A sheet of images, row by row, each with its caption below.
+
+    images: [N, 3, H, W] in [0, 1]; captions: one text an image.
+    """
+    check_images(images, "images")
+    require(len(captions) == len(images), f"expected a caption for each of {len(images)} images, got {len(captions)}")
+    width = max(8, int((NARROW - 0.2) / columns * 72 / (0.55 * POINTS)))  # characters
+    texts = [textwrap.fill(text, width) for text in captions]
+    rows = -(-len(images) // columns)
+    lines = sum(max(t.count("\n") + 1 for t in texts[i * columns : (i + 1) * columns]) for i in range(rows))
+    fig = new_figure(NARROW, rows * NARROW / columns + 0.17 * lines + (0.3 if title else 0.1))
+    fig.get_layout_engine().set(w_pad=0.02, h_pad=0.04)
+    for i, (image, text) in enumerate(zip(images, texts, strict=True)):
+        ax = fig.add_subplot(rows, columns, i + 1)
+        ax.imshow(image.detach().cpu().permute(1, 2, 0).numpy(), interpolation="nearest")
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+        ax.set_xlabel(text, labelpad=2)
+        if title and i == 0:
+            ax.set_title(title, loc="left", pad=3)
+    return fig
 
 
 @styled

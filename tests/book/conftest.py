@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 REQUIRED = os.environ.get("ROBUSTVLM_REQUIRE_BROWSER") == "1"
 INSTALL = "apt-get install -y chromium"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")  # one engine under three names
 CHROMIUM_FLAGS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run "
     "--disable-background-networking --disable-component-update --disable-sync"
@@ -22,7 +23,10 @@ CHROMIUM_FLAGS = (
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory) -> Path:
-    """Folder of the HTML, built with warnings as errors. A fresh folder: an old `_build` can hide a warning."""
+    """Folder of the HTML: ROBUSTVLM_SITE, or built here with warnings as errors, in a fresh folder, because an old one can
+    hide a warning."""
+    if built := os.environ.get("ROBUSTVLM_SITE"):
+        return (ROOT / built).resolve()
     if not any((ROOT / "notebooks").glob("[0-9]*.py")):
         pytest.skip("no chapter under notebooks/ yet")
     out = tmp_path_factory.mktemp("book")
@@ -56,8 +60,8 @@ def address(site):
 
 @pytest.fixture(scope="session")
 def browser(site):
-    """Debian's Chromium under Playwright. It comes after `site`, so that no browser idles while the book builds."""
-    chromium = shutil.which("chromium")
+    """The system's Chromium under Playwright. It comes after `site`, so that no browser idles while the book builds."""
+    chromium = next(filter(None, map(shutil.which, BROWSERS)), None)
     if not chromium:
         message = f"no chromium on this machine; install it with: {INSTALL}"
         pytest.fail(message) if REQUIRED else pytest.skip(message)

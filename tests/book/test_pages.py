@@ -1,8 +1,11 @@
 """Every page of the table of contents exists as HTML, whole, and opens in a browser without a fault."""
 
+import html.parser as html_parser
+import json
 import os
 import re
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 import yaml
@@ -10,6 +13,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 TOC = yaml.safe_load((ROOT / "_toc.yml").read_text())
 PAGES = [TOC["root"], *(c["file"] for part in TOC["parts"] for c in part["chapters"])]
+CARDS = [json.loads(path.read_text()) for path in sorted((ROOT / "book" / "cards").glob("*/card.json"))]
 CHAPTERS = [page for page in PAGES if page.startswith("notebooks/")]
 WIDTHS = (1280, 390)  # a laptop and a phone
 VERDICT = re.compile(r"\b(reproduced|partly|not[_ ]reproduced|not[_ ]tested)\b")
@@ -27,7 +31,7 @@ def test_page_exists(site, page):
 
 
 CLAIMS = yaml.safe_load((ROOT / "book" / "claims.yml").read_text(encoding="utf-8"))
-FOUNDATIONS = ("01_clip", "02_attacks", "03_sound_evaluation")  # they reproduce no paper's claims
+FOUNDATIONS = ("01_clip", "02_attacks", "03_sound_evaluation", "10_small_clip")  # they reproduce no paper's claims
 
 
 @pytest.mark.parametrize("page", CHAPTERS)
@@ -52,6 +56,58 @@ def test_chapter_opens_on_colab(site, page):
     )
 
 
+@pytest.mark.parametrize("page", CHAPTERS)
+def test_chapter_names_its_committed_cards_and_stands_in_the_gallery(site, page):
+    chapter = Path(page).name
+    line = re.search(r'<p class="rvl-cards">.*?</p>', html(site, page)).group()
+    committed = sorted((ROOT / "book" / "cards").glob(f"{chapter}-*/card.json"))
+    assert all(f"../book/cards/{path.parent.name}/card.json" in line for path in committed)
+    tile = re.search(rf'<a class="rvl-tile" href="../notebooks/{chapter}.html"><img src="([^"]+)" alt="([^"]+)"', html(site, TOC["root"]))
+    assert tile and (site / "book" / tile[1]).is_file() and len(tile[2]) > 15
+
+
+def test_every_internal_link_holds(site):
+    """Pages, pictures, cards and anchors; what leads to another host is not ours to promise."""
+    targets = {path: Links.of(path) for path in site.rglob("*.html")}
+    broken = []
+    for page in [site / f"{name}.html" for name in PAGES]:
+        for link in targets[page].links:
+            address, _, anchor = link.partition("#")
+            path = (page.parent / unquote(address.partition("?")[0])).resolve() if address else page
+            if not path.is_file():
+                broken.append(f"{page.name}: {link}")
+            elif anchor and path in targets and "=" not in anchor and unquote(anchor) not in targets[path].anchors:
+                broken.append(f"{page.name}: {link} has no such anchor")
+    assert not broken, "\n".join(broken)
+
+
+class Links(html_parser.HTMLParser):
+    """What a page links without a host, and the anchors that it holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.links, self.anchors = set(), set()
+
+    @classmethod
+    def of(cls, path: Path) -> "Links":
+        parser = cls()
+        parser.feed(path.read_text(encoding="utf-8"))
+        return parser
+
+    def handle_starttag(self, tag, attrs):
+        for name, text in attrs:
+            if name in ("href", "src") and text and not re.match(r"\w+:|//", text):
+                self.links.add(text)
+            elif name in ("id", "name") and text:
+                self.anchors.add(text)
+
+
+def test_broken_links_are_seen(tmp_path):
+    (tmp_path / "a.html").write_text('<p id="here"><a href="b.html#x">b</a><img src="data:x"><a href="https://x.org">x</a>')
+    found = Links.of(tmp_path / "a.html")
+    assert (found.links, found.anchors) == ({"b.html#x"}, {"here"})
+
+
 def watched(browser, width: int, address: str):
     """A page of the browser, and the list that its faults go to."""
     page, faults = browser.new_page(viewport={"width": width, "height": 900}), []
@@ -70,9 +126,7 @@ def watched(browser, width: int, address: str):
 def test_page_in_a_browser(address, browser, site, name, width):
     page, faults = watched(browser, width, address)
     page.goto(f"{address}/{name}.html", wait_until="networkidle")
-    if 'class="math' in html(site, name):
-        page.wait_for_selector("mjx-container", state="attached", timeout=20_000)
-        assert page.locator("mjx-merror").count() == 0, "a formula that MathJax could not read"
+    require_formulas(page, html(site, name))
     for picture in page.locator(".bd-article img").all():
         picture.scroll_into_view_if_needed()
         alt = picture.get_attribute("alt") or ""
@@ -87,6 +141,58 @@ def test_page_in_a_browser(address, browser, site, name, width):
     page.close()
     assert not faults
     assert wide <= 0, f"{wide} px wider than the screen"
+
+
+def require_formulas(page, text: str) -> None:
+    if 'class="math' in text:
+        page.wait_for_selector("mjx-container", state="attached", timeout=20_000)
+        assert page.locator("mjx-merror").count() == 0, "a formula that MathJax could not read"
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_page_opened_as_a_file(browser, site, name):
+    """Without a server everything works but the search, as the troubleshooting page says."""
+    page, faults = watched(browser, 390, "file://")
+    page.goto(f"file://{site}/{name}.html")
+    require_formulas(page, html(site, name))
+    page.close()
+    assert not faults
+
+
+def test_all_results_are_filtered_and_sorted(address, browser):
+    page, faults = watched(browser, 1280, address)
+    page.goto(f"{address}/book/results.html")
+    visible = page.locator("#rvl-results tbody tr:visible")
+    rows = sum(len(card["rows"]) for card in CARDS)
+    assert visible.count() == rows and f"{rows} of {rows} rows" in page.locator(".rvl-filters output").inner_text()
+
+    page.get_by_label("metric").select_option("clean_acc")
+    clean = [row for card in CARDS for row in card["rows"] if row["metric"] == "clean_acc"]
+    assert visible.count() == len(clean)
+    assert page.locator("option[value=robust_acc]").is_enabled(), "a field does not rule out its own values"
+    page.get_by_role("button", name="value (95 % interval)").click()
+    shown = page.eval_on_selector_all("#rvl-results tbody tr:not([hidden]) td[data-value]", "c => c.map(x => +x.dataset.value)")
+    assert shown == sorted(row["value"] for row in clean)
+    page.get_by_role("button", name="value (95 % interval)").click()
+    assert page.locator("th[aria-sort=descending]").count() == 1
+    page.get_by_role("button", name="Show all").click()
+    page.wait_for_function(f"document.querySelectorAll('#rvl-results tbody tr:not([hidden])').length === {rows}")
+
+    chapter = CARDS[0]["chapter"]
+    page.goto("about:blank")
+    page.goto(f"{address}/book/results.html#chapter={chapter}")
+    assert visible.count() == sum(len(card["rows"]) for card in CARDS if card["chapter"] == chapter)
+    page.close()
+    assert not faults
+
+
+def test_all_results_read_without_javascript(address, browser):
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(f"{address}/book/results.html")
+    assert page.locator("#rvl-results tbody tr:visible").count() == sum(len(card["rows"]) for card in CARDS)
+    assert page.locator(".rvl-filters").count() == 0
+    context.close()
 
 
 def test_dark_mode_and_search(address, browser):

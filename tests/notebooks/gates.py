@@ -5,7 +5,7 @@ import re
 import statistics
 
 PAPER_CHAPTERS = ("04_tga_zsr", "05_capt", "06_cba_fapt", "07_a_tpt", "08_prsl")
-FOUNDATIONS = ("01_clip", "02_attacks", "03_sound_evaluation")
+FOUNDATIONS = ("01_clip", "02_attacks", "03_sound_evaluation", "10_small_clip")
 PAPER_BUDGET = {"code cells": (20, 26), "words": (2500, 4500), "figures": (6, 9)}
 # A foundations chapter builds from small functions, each with its check: more cells, fewer words.
 FOUNDATIONS_BUDGET = {"code cells": (20, 48), "words": (2000, 4000), "figures": (5, 9)}
@@ -17,6 +17,12 @@ LEVEL = re.compile(
     r"\b9\d(?:\.\d)?\s*%(?=\s+(?:\w+\s+)?(?:interval|confidence|level))", re.I
 )  # "95 % interval" is no result
 FRACTION = re.compile(r"\b0\.\d{2,}\b")
+NUMBER = r"(?:\d+(?:\.\d+)?|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve)"
+COUNT = re.compile(
+    rf"\b{NUMBER} (?:out )?of (?:the |all )?{NUMBER} (?:claims?|verdicts?|checks?|images?|photographs?|scenes?)", re.I
+)
+SPEED = re.compile(rf"\b{NUMBER}(?: times|×| ×) (?:as|faster|slower|cheaper|dearer|more|less|fewer)\b", re.I)
+DURATION = re.compile(rf"\b({NUMBER}) (second|minute|hour)s?\b", re.I)
 MEASURED = re.compile(r"accura|robust|correct|success|overlap|\bIoU\b", re.I)
 
 
@@ -47,7 +53,7 @@ def blocks(text: str) -> list[str]:
 
 def _results(text: str) -> list[str]:
     text = LEVEL.sub("", prose(text))
-    found = PERCENTAGE.findall(text)
+    found = [hit for pattern in (PERCENTAGE, COUNT, SPEED) for hit in pattern.findall(text)]
     for sentence in re.split(r"(?<=[.!?])\s", text):
         found += FRACTION.findall(sentence) if MEASURED.search(sentence) else []
     return [f.strip() for f in found]
@@ -65,7 +71,7 @@ def _table_results(rows: list[list[str]]) -> list[str]:
 
 
 def typed_numbers(text: str) -> list[str]:
-    """Percentages and accuracies that somebody typed, outside what is marked as published or cited."""
+    """Percentages, accuracies, counts and speed-ups that somebody typed, outside what is marked as published or cited."""
     found = []
     for block in blocks(re.sub(r"^(`{3,}).*?^\1\s*$", "", text, flags=re.M | re.S)):
         lines = block.strip().splitlines()
@@ -78,6 +84,28 @@ def typed_numbers(text: str) -> list[str]:
     return [
         f"typed result {f!r}: glue it from a card, or mark the paragraph, row or column as published" for f in found
     ]
+
+
+def typed_times(text: str, minutes: dict[str, set[int]]) -> list[str]:
+    """Durations in a text, unless their paragraph or row names a chapter and a profile of it takes that long.
+
+    minutes: chapter -> minutes of its profiles, from profiles.yml, which a test holds to the cards.
+    """
+    found = []
+    for line in _sentences_and_rows(text):
+        known = {str(m) for name, known in minutes.items() if name in line for m in known}
+        found += [
+            f"typed duration {hit.group()!r}: leave it to the status page, or to the line of a chapter of profiles.yml"
+            for hit in DURATION.finditer(line)
+            if hit[1] not in known or hit[2].lower() != "minute"
+        ]
+    return found
+
+
+def _sentences_and_rows(text: str) -> list[str]:
+    """Paragraphs in one line each and rows of tables, outside fenced code."""
+    kept = blocks(re.sub(r"^(`{3,}|~{3,}).*?^\1`*\s*$", "", text, flags=re.M | re.S))
+    return [line for b in kept for line in (b.splitlines() if b.lstrip().startswith("|") else [" ".join(b.split())])]
 
 
 def long_paragraphs(text: str) -> list[str]:
@@ -135,7 +163,7 @@ def _shows(nb) -> list[ast.Call]:
 
 
 def figures(nb) -> list[str]:
-    """Every figure goes through book.show with an alternative text and a caption; pictures in the text have one too."""
+    """Every figure goes through book.show with an alternative text and a caption; pictures in the text have a text too."""
     found = []
     for call in _shows(nb):
         given = {k.arg: k.value for k in call.keywords}
@@ -152,13 +180,15 @@ def figures(nb) -> list[str]:
             for c in _calls(source)
             if re.search(r"(?<!book)\.show$", _name(c))
         ]
-    for text in markdown(nb):
-        found += [f"{image}: no alternative text" for image in re.findall(r"!\[\s*\]\([^)]*\)", text)]
-        found += [
-            f"{image}: no alternative text" for image in re.findall(r"<img(?![^>]*\balt=[\"'][^\"'])[^>]*>", text)
-        ]
-        for directive in re.findall(r"(?:`{3,}|:{3,})\{(?:figure|image)\}.*?(?:`{3,}|:{3,})", text, flags=re.S):
-            found += [] if re.search(r":alt:\s*\S", directive) else [f"{directive.splitlines()[0]}: no :alt:"]
+    return found + [problem for text in markdown(nb) for problem in pictures(text)]
+
+
+def pictures(text: str) -> list[str]:
+    """Pictures of a text, in any of its forms, without an alternative text."""
+    found = [f"{image}: no alternative text" for image in re.findall(r"!\[\s*\]\([^)]*\)", text)]
+    found += [f"{image}: no alternative text" for image in re.findall(r"<img(?![^>]*\balt=[\"'][^\"'])[^>]*>", text)]
+    for directive in re.findall(r"(?:`{3,}|:{3,})\{(?:figure|image)\}.*?(?:`{3,}|:{3,})", text, flags=re.S):
+        found += [] if re.search(r":alt:\s*\S", directive) else [f"{directive.splitlines()[0]}: no :alt:"]
     return found
 
 

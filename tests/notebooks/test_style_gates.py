@@ -1,6 +1,7 @@
 """Every chapter passes the gates, and each gate fails on a planted fault."""
 
 import functools
+import json
 from pathlib import Path
 
 import gates
@@ -13,6 +14,9 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 ROOT = Path(__file__).resolve().parents[2]
 CHAPTERS = sorted((ROOT / "notebooks").glob("[0-9]*.py"))
 PAGES = sorted((ROOT / "book").glob("*.md"))
+AT_THE_ROOT = sorted(ROOT.glob("*.md"))  # README and its kin: what a visitor of the repository reads
+PROFILES = yaml.safe_load((ROOT / "robustvlm_lite" / "assets" / "profiles.yml").read_text())
+MINUTES = {name: {sizes["minutes"] for sizes in chapter["profiles"].values()} for name, chapter in PROFILES.items()}
 REPOSITORY = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]["url"]
 read = functools.cache(jupytext.read)
 
@@ -66,6 +70,29 @@ def test_prose_of_the_pages(page):
     none(gates.typed_numbers(text) + gates.long_paragraphs(text) + gates.british(text))
 
 
+@pytest.mark.parametrize("page", PAGES + AT_THE_ROOT, ids=lambda p: p.name)
+def test_no_result_is_typed_outside_the_chapters_either(page):
+    text = page.read_text(encoding="utf-8")
+    none(gates.typed_numbers(text) + gates.typed_times(text, MINUTES) + gates.pictures(text))
+
+
+@chapters
+def test_times_of_a_chapter_are_those_of_its_profiles(py):
+    nb = read(py)
+    head = [nb.cells[0].source.replace("\n", f" {py.stem} ")]  # its badges stand on lines of their own
+    for text in head + [line + py.stem for cell in gates.tagged(nb, "parameters") for line in cell.splitlines()]:
+        none(gates.typed_times(text, MINUTES))
+
+
+@pytest.mark.parametrize("folder", sorted((ROOT / "book" / "cards").iterdir()), ids=lambda p: p.name)
+def test_minutes_of_a_profile_are_about_those_of_its_card(folder):
+    """Another machine is not faster than twice, and nobody forgot to measure again."""
+    card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+    stated = PROFILES[card["chapter"]]["profiles"][card["profile"]]["minutes"]
+    took = max(1, card["provenance"]["wall_s"] / 60)
+    assert stated / 2 <= took <= 2 * stated, f"profiles.yml says {stated} minutes, the card took {took:.1f}"
+
+
 # --- the gates themselves: each planted fault is found, each lawful use is let through
 
 ALT = "Robust accuracy falls to chance as the budget grows"
@@ -89,6 +116,10 @@ def notebook(*code, text="# Title"):
         "| method | accuracy |\n|---|---|\n| TeCoA | 0.41 |",
         "| method | published | ours |\n|---|---|---|\n| TeCoA | 40.0 % | 41.2 % |",
         "A published value stands here.\n\nOurs is 41.2 %.",
+        "Seven of 10 claims are reproduced.",
+        "It is right on 41 of 100 images.",
+        "Our step is 1.8 times faster.",
+        "It takes 3× as long.",
     ],
 )
 def test_typed_result_is_found(text):
@@ -108,10 +139,21 @@ def test_typed_result_is_found(text):
         "| method | published | ours |\n|---|---|---|\n| TeCoA | 40.0 % | see the card |",
         "| source | accuracy |\n|---|---|\n| published | 40.0 % |",
         "The map has 49 patches and version 0.25.",
+        "It holds 3 of 37 breeds, and TeCoA took ten times more steps (paper, Section 4).",
+        "Twice as many seeds cost twice as much.",
     ],
 )
 def test_lawful_number_is_let_through(text):
     assert gates.typed_numbers(text) == []
+
+
+def test_typed_times_are_found_and_those_of_a_profile_let_through():
+    minutes = {"01_clip": {1, 10}, "04_tga_zsr": {3}}
+    for fault in ("It takes 3 minutes.", "It takes three minutes.", "| [01](notebooks/01_clip.py) | 3 minutes |",
+                  "A run of 04_tga_zsr ends after 3 hours."):  # fmt: skip
+        assert len(gates.typed_times(fault, minutes)) == 1, fault
+    for fine in ("| [01](notebooks/01_clip.py) | 1 minute | about 10 minutes |", "```\nsleep 3 minutes\n```", "A few minutes."):
+        assert gates.typed_times(fine, minutes) == [], fine
 
 
 def test_figure_gate():
@@ -123,7 +165,7 @@ def test_figure_gate():
     ):
         assert len(gates.figures(notebook(fault))) == 1, fault
     for picture in ("![](a.png)", "<img src='a.png'>", "```{figure} a.png\n:name: a\n```"):
-        assert len(gates.figures(notebook("x = 1", text=picture))) == 1, picture
+        assert len(gates.figures(notebook("x = 1", text=picture))) == len(gates.pictures(picture)) == 1, picture
     assert gates.figures(notebook("%matplotlib inline\nx = 1", text="![a clean image beside its attack](a.png)")) == []
 
 

@@ -16,6 +16,7 @@ from robustvlm_lite import claims, cli, doctor, runtime
 from robustvlm_lite import clip as clip_room
 from robustvlm_lite.cards import Card, comparable, load_card, load_examples
 from robustvlm_lite.records import Cell, Row, records_table
+from robustvlm_lite.stats import wilson
 
 COMMANDS = (["list"], ["run"], ["data", "list"], ["data", "prepare"], ["evaluate"], ["claims"], ["doctor"])
 
@@ -44,9 +45,12 @@ def test_list_shows_every_chapter_and_profile(capsys):
     for name, chapter in runtime.chapters().items():
         assert name in shown and chapter["title"] in shown and chapter["reproduces"] in shown
         for profile, sizes in chapter["profiles"].items():
-            minutes = sizes["minutes"]
-            took = f"{minutes} min" if minutes < 90 else f"{minutes / 60:.0f} h"
-            assert re.search(rf"{profile} +{took}  {re.escape(sizes['where'])}", shown)
+            minutes, guessed = sizes["minutes"], sizes.get("estimated", [])
+            assert set(guessed) <= {"minutes", "memory_gb"} and sizes["memory_gb"] > 0
+            took = "~" * ("minutes" in guessed) + (f"{minutes} min" if minutes < 90 else f"{minutes / 60:.0f} h")
+            memory = "~" * ("memory_gb" in guessed) + f"{sizes['memory_gb']} GB"
+            assert re.search(rf"{profile} +{took} +{memory}  {re.escape(sizes['where'])}", shown)
+    assert "~ is an estimate, the rest was measured" in shown
 
 
 def test_data_list_says_what_is_where(tmp_path, capsys):
@@ -103,7 +107,7 @@ def committed(checkout, monkeypatch):
     cell = {"method": "CLIP", "dataset": "toy/gray", "attack": "pgd-20", "eps_255": 1.0}
     records = Cell(records_table(n=4, **cell, **facts), 0.0, 4, 4).records
     card = Card(CHAPTER, "tiny", 0, {"eps_255": 1.0}, device="cpu")
-    card.add(Row(**cell, metric="robust_acc", n=4, value=0.5, ci95=(0.15, 0.85), extra={"seed": 0}, records=records))
+    card.add(Row(**cell, metric="robust_acc", n=4, value=0.5, ci95=wilson(2, 4), extra={"seed": 0}, records=records))
     for decided in claims.decide(claims.load_claims(), card.as_dict(), card.examples):
         card.claim(**decided)
     card.write(folder)
@@ -127,7 +131,7 @@ def test_claims_check_finds_a_typed_verdict_and_a_typed_number(committed, capsys
     assert cli.main(["claims", "--check"]) == 1
     shown = capsys.readouterr().out
     assert "TOY-1 says partly, its examples give reproduced" in shown
-    assert "robust_acc says 0.6, its examples give 0.5" in shown
+    assert "robust_acc says 0.6 [" in shown and "its examples give 0.5 [" in shown
 
 
 def test_claims_without_a_card_are_not_tested(committed, capsys):
@@ -201,8 +205,13 @@ def test_doctor_prints_a_line_a_check_and_its_code(capsys, monkeypatch):
     names = ("python", "torch_pair", "packages", "device", "weights", "photographs", "disk", "browser", "commit")
     for name in names:
         monkeypatch.setattr(doctor, name, lambda name=name: f"{name} is well")
+    monkeypatch.setattr(doctor, "published_weights", lambda: [(True, "weights a: here"), (False, "weights b: missing")])
     assert cli.main(["doctor"]) == 0
-    assert capsys.readouterr().out.splitlines() == [f"✓ {name} is well" for name in names]
+    lines = [*(f"✓ {name} is well" for name in names), "✓ weights a: here", "– weights b: missing"]
+    assert capsys.readouterr().out.splitlines() == lines
+    monkeypatch.setattr(doctor, "published_weights", fail(OSError("no registry")))
+    assert cli.main(["doctor"]) == 0
+    assert "– check: OSError: no registry; reinstall" in capsys.readouterr().out
     monkeypatch.setattr(doctor, "browser", fail(doctor.Problem("no chromium; install it")))
     assert cli.main(["doctor"]) == 0  # only the book's tests need it
     assert "– no chromium; install it" in capsys.readouterr().out
@@ -241,10 +250,12 @@ def test_doctor_names_weights_and_files_that_differ(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     photos.mkdir(parents=True)
     assert "no bundled CLIP" in doctor.outcome(doctor.weights)[1]
-    (folder / "nano.json").write_text("{}")
+    for name in ("nano", "small"):  # the second is not trained yet
+        (folder / f"{name}.json").write_text("{}")
+    assert "no bundled CLIP" in doctor.outcome(doctor.weights)[1]
+    (folder / "nano.card.json").write_text(json.dumps({"weights_sha256": hashlib.sha256(b"weights").hexdigest()}))
     assert "nano.safetensors is missing" in doctor.outcome(doctor.weights)[1]
     (folder / "nano.safetensors").write_bytes(b"weights")
-    (folder / "nano.card.json").write_text(json.dumps({"weights_sha256": hashlib.sha256(b"weights").hexdigest()}))
     assert doctor.outcome(doctor.weights) == (True, "bundled weights: nano")
     (folder / "nano.safetensors").write_bytes(b"weighty")
     assert "differ from the checksum" in doctor.outcome(doctor.weights)[1]
@@ -261,6 +272,23 @@ def test_doctor_names_weights_and_files_that_differ(tmp_path, monkeypatch):
     sums.write_text(sums.read_text())
     (photos / "other.parquet").touch()
     assert "test.parquet is missing" in doctor.outcome(doctor.photographs)[1]
+
+
+def test_doctor_says_which_published_weights_are_here_and_how_to_get_the_rest(tmp_path, monkeypatch):
+    import huggingface_hub.constants
+
+    from robustvlm_lite.clip import registry
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("ROBUSTVLM_WEIGHTS", str(tmp_path))
+    (tmp_path / "tecoa1-vit-b-32.pt").touch()
+    lines = {text.split()[1]: (here, text) for here, text in doctor.published_weights()}
+    assert [name.rstrip(":") for name in lines] == list(registry.published())
+    assert lines["tecoa1-vit-b-32:"] == (True, f"weights tecoa1-vit-b-32: {tmp_path / 'tecoa1-vit-b-32.pt'}")
+    assert [here for here, _ in lines.values()].count(True) == 1
+    hub, other = lines["fare2-vit-l-14:"][1], lines["tecoa4-vit-b-32:"][1]
+    assert "missing; downloaded at the first use; without network, fetch open_clip_pytorch_model.bin of chs20" in hub
+    assert "missing; fetch https://" in other and not any("\n" in text for _, text in lines.values())
 
 
 def test_doctor_looks_at_a_data_root(tmp_path):

@@ -10,11 +10,11 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "robustvlm_lite"
 LAYERS = (
     ("runtime", "threat", "stats"),
-    ("scenes", "data", "transformer", "clip", "captioner"),
-    ("attention", "prompts", "attacks"),
+    ("scenes", "data", "transformer", "resnet", "clip", "captioner"),
+    ("attention", "views", "prompts", "attacks"),
     ("defenses",),
     ("evaluate", "records", "sanity"),
-    ("cards", "rules", "claims", "verdicts"),
+    ("cards", "rules", "claims", "verdicts", "estimate"),
     ("plots", "book", "runfolder", "runner", "practitioner", "doctor", "cli"),
 )
 LAYER = {room: n for n, rooms in enumerate(LAYERS) for room in rooms}
@@ -24,7 +24,7 @@ MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS = 300, 70, 12
 UNFINISHED = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|XX" + r"X)\b|NotImplemented" + r"Error|except[^:\n]*:\s*pass\b")
 
 SOURCES = sorted(
-    p for folder in ("robustvlm_lite", "data_scripts", "benchmarks", "tests") for p in (ROOT / folder).rglob("*.py")
+    p for folder in ("robustvlm_lite", "data_scripts", "benchmarks", "workflow", "book", "tests") for p in (ROOT / folder).rglob("*.py")
 )
 MODULES = [p for p in SOURCES if p.is_relative_to(PACKAGE) and p.name != "__main__.py" and p != PACKAGE / "__init__.py"]
 

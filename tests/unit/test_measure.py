@@ -1,6 +1,7 @@
 """What a chapter measures inside a run: which images, which checkpoints, what a training step costs."""
 
 import json
+import time
 from dataclasses import asdict, replace
 from functools import partial
 from types import SimpleNamespace
@@ -85,8 +86,27 @@ def test_training_cost_times_every_method_and_keeps_nothing(random_clip, tmp_pat
     rows = book.training_cost(run, ["FT-clean", "TeCoA"], [photos()], ATTACK, steps=3)
     assert [(r.method, r.metric, r.n) for r in rows] == [("FT-clean", "train_s", 2), ("TeCoA", "train_s", 2)]
     assert all(r.ci95[0] <= r.value <= r.ci95[1] and r.value > 0 for r in rows)
+    # Two images a step. The last iterate of a two-step attack takes two passes each way, the training step one more.
+    assert [(r.image_forwards, r.image_backwards) for r in rows] == [(2, 2), (6, 6)]
     assert all(torch.equal(v, before[k]) for k, v in random_clip.state_dict().items())
     assert len(run.card.as_dict()["rows"]) == 2 and not any(tmp_path.iterdir())
+
+
+def test_seconds_are_taken_in_turns_and_the_first_round_does_not_count(random_clip, tmp_path, monkeypatch):
+    run, clock, calls = toy_run(random_clip, tmp_path), [0.0], []
+    run.device = torch.device("cpu")
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+
+    def work(name, seconds):
+        calls.append(name)
+        clock[0] += seconds if len(calls) > 2 else 100.0
+
+    functions = {"fast": lambda: work("fast", 1.0), "slow": lambda: work("slow", 3.0)}
+    rows = book.measure_seconds(run, "toy", functions, rounds=2, batch=8)
+    assert calls == ["fast", "slow"] * 3
+    assert [(r.method, r.metric, r.n, r.value, r.extra["batch"]) for r in rows] == [
+        ("fast", "train_s", 2, 1.0, 8), ("slow", "train_s", 2, 3.0, 8)]  # fmt: skip
+    assert len(run.card.as_dict()["rows"]) == 2
 
 
 def test_map_facts_against_explicit_upsampling(random_clip):

@@ -63,3 +63,17 @@ def test_muon_weight_decay_shrinks_a_matrix_by_rate_times_decay():
         p.grad = torch.ones(8, 8)
         Muon([("mlp.weight", p)], lr=0.1, weight_decay=decay).step()
     torch.testing.assert_close(decayed.detach(), plain.detach() - 0.05 * start)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_muon_takes_a_kernel_as_the_matrix_of_what_a_channel_sees(layout):
+    start = torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(1))
+    gradient = torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(2))
+    kernel = torch.nn.Parameter(start.clone(memory_format=layout))
+    matrix = torch.nn.Parameter(start.reshape(8, 36).clone())
+    kernel.grad, matrix.grad = gradient.clone(memory_format=layout), gradient.reshape(8, 36).clone()
+    for p in (kernel, matrix):
+        Muon([("layer.weight", p)], lr=0.1, weight_decay=0.1).step()
+    assert torch.equal(kernel.detach().reshape(8, 36), matrix.detach())
+    assert torch.linalg.svdvals(matrix.detach() - 0.99 * start.reshape(8, 36)).median() > 0.05
+    assert kernel.is_contiguous(memory_format=layout)

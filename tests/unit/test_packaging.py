@@ -35,7 +35,7 @@ def tracked() -> list[Path]:
 
 def text_files() -> list[tuple[str, str]]:
     """(name, text) of what people wrote here."""
-    suffixes = (".py", ".md", ".yml", ".yaml", ".toml", ".ipynb", ".json", ".cff", ".bib", ".css", ".lock", "")
+    suffixes = (".py", ".md", ".yml", ".yaml", ".toml", ".ipynb", ".json", ".cff", ".bib", ".css", ".js", ".sh", ".lock", "")
     mine = [p for p in tracked() if p.suffix in suffixes and "mathjax" not in p.parts]
     return [(str(p.relative_to(ROOT)), p.read_text(encoding="utf-8")) for p in mine]
 
@@ -108,13 +108,34 @@ def test_no_path_of_a_home():
     assert HOME.search("open('/ho" + "me/jane/data')") and not HOME.search("https://example.com/home/page")
 
 
+ADDRESS = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]["url"]
+LINKED = re.compile(r"github(?:\.com)?/([\w.-]+/[\w.-]+?)(?=\.git\b|[/\s\"')>\],]|$)")
+
+
+def other_addresses(files: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """(file, owner/name) of each link to a repository of this name or owner that is not the one of _config.yml."""
+    owner, name = ADDRESS.split("/")[3:5]
+    links = [(file, found) for file, text in files for found in LINKED.findall(text)]
+    return [(file, found) for file, found in links if found != f"{owner}/{name}" and {owner, name} & set(found.split("/"))]
+
+
 def test_one_address_of_the_repository():
     """_config.yml decides; badges and links repeat it."""
-    owner = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]["url"].split("/")[3]
-    addresses = [
-        (n, o) for n, text in text_files() for o in re.findall(r"github(?:\.com)?/([\w.-]+)/robustvlm_lite", text)
-    ]
-    assert not (other := [(name, found) for name, found in addresses if found != owner]), other
+    assert not (other := other_addresses(text_files())), f"still another address than {ADDRESS}: {other}"
+
+
+@pytest.mark.parametrize("file", ["CITATION.cff", "README.md", *(f"notebooks/{p.name}" for p in (ROOT / "notebooks").glob("[0-9]*.py"))])
+def test_the_address_stands_where_it_is_needed(file):
+    """A file that forgets it is named here, one that holds another by the test above."""
+    assert ADDRESS.split("//")[1] in (ROOT / file).read_text(encoding="utf-8").replace("com/github/", "com/github.com/")
+
+
+def test_an_address_left_behind_is_named():
+    owner, name = ADDRESS.split("/")[3:5]
+    moved = [("a.md", f"[x](https://github.com/other/{name}/tree/main)"), ("b.py", f'"https://github.com/{owner}/{name}"')]
+    moved += [("c.cff", f"repository-code: https://github.com/other/{name}"), ("d.yml", "uses: https://github.com/actions/cache")]
+    moved += [("e.ipynb", f"https://colab.research.google.com/github/{owner}/old/blob/main/notebooks/01.ipynb")]
+    assert other_addresses(moved) == [("a.md", f"other/{name}"), ("c.cff", f"other/{name}"), ("e.ipynb", f"{owner}/old")]
 
 
 def test_readme_holds_the_commands_that_ci_and_the_book_use():

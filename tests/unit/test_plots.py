@@ -329,3 +329,15 @@ def test_picture_rows_put_each_picture_under_its_head():
 def test_picture_rows_refuse(pictures, heads, feet, message):
     with pytest.raises(UserError, match=message):
         plots.picture_rows({"row": pictures}, heads, feet=feet)
+
+
+def test_captioned_sheet_keeps_order_and_wraps():
+    images = torch.rand(4, 3, 8, 8)
+    fig = plots.captioned(images, ["a star", "b", "a photo of a large striped orange arrow", "d"], title="toy")
+    assert [ax.get_xlabel() for ax in fig.axes[:2]] == ["a star", "b"] and "\n" in fig.axes[2].get_xlabel()
+    assert fig.axes[2].get_xlabel().split() == "a photo of a large striped orange arrow".split()
+    for ax, image in zip(fig.axes, images, strict=True):
+        assert np.allclose(ax.get_images()[0].get_array(), image.permute(1, 2, 0))
+    assert fig.axes[0].get_title(loc="left") == "toy" and not fig.axes[1].get_title(loc="left")
+    with pytest.raises(UserError, match="a caption for each of 4 images, got 1"):
+        plots.captioned(images, ["one"])

@@ -4,7 +4,13 @@ import csv
 import gzip
 import io
 import json
+import os
+import random
 import re
+import signal
+import subprocess
+import sys
+import time
 
 import contrastive
 import learn_bpe
@@ -15,11 +21,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torch.nn.functional as F
 from mixture import Mixture
 from PIL import Image
 
+from robustvlm_lite import clip as clip_room
 from robustvlm_lite import scenes
-from robustvlm_lite.runtime import asset
+from robustvlm_lite.clip import load_clip
+from robustvlm_lite.runtime import PACKAGE, asset
 
 # --- the stream
 
@@ -235,10 +244,31 @@ def test_positions_are_the_models_own_at_its_size_and_shrink_with_the_image(rand
     small = contrastive.positions(visual, 32)
     assert small.shape == (17, 128) and torch.equal(small[0], visual.positional_embedding[0])
     ramp = torch.arange(8.0).repeat(8, 1)  # grows along a row of patches
-    fake = type("Visual", (), {"grid_size": (8, 8), "patch_size": (8, 8)})
+    fake = type("Visual", (), {"class_embedding": None, "patch_size": (8, 8)})
     fake.positional_embedding = torch.cat([torch.zeros(1, 1), ramp.reshape(64, 1)])
     across = contrastive.positions(fake, 32)[1:].view(4, 4)
     assert torch.allclose(across, across[:1].expand(4, 4)) and (across.diff(dim=1) > 1.5).all()
+
+
+def test_positions_of_a_resnet_are_those_of_its_pool():
+    visual = pretrain_clip.make_model("small-rn")[0].visual
+    own = visual.attnpool.positional_embedding
+    assert contrastive.positions(visual, 64) is own and own.shape == (5, 768)
+    for size in (32, 48):  # one cell of 32 pixels
+        small = contrastive.positions(visual, size)
+        assert small.shape == (2, 768) and torch.equal(small[0], own[0])
+        assert torch.allclose(small[1], own[1:].mean(0), atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["nano", "small-rn"])
+def test_what_is_trained_is_what_is_loaded(name):
+    """At the model's own size the training script computes the features that `ZeroShotCLIP` will."""
+    model = pretrain_clip.make_model(name)[0].eval()
+    clip = clip_room.ZeroShotCLIP(model, None, name, "")
+    x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+    assert torch.allclose(contrastive.image_features(model, x), clip.image_features(x), atol=1e-6)
+    assert contrastive.image_features(model, x[..., :48, :48]).shape == (2, 128)
 
 
 def test_the_loss_is_the_cross_entropy_within_each_group(random_clip, stream):
@@ -250,12 +280,42 @@ def test_the_loss_is_the_cross_entropy_within_each_group(random_clip, stream):
     text = random_clip.encode_text(captions)
     for rows, target, where in groups:
         logits = random_clip.logit_scale * image[rows] @ text[where].T
-        total = total - logits.log_softmax(1)[range(len(rows)), target].sum()
+        shares = target if target.is_floating_point() else F.one_hot(target, len(where))  # of mixed images, or one class
+        total = total - (shares * logits.log_softmax(1)).sum()
     assert loss.item() == pytest.approx(total.item() / 12, rel=1e-4)
 
 
-def test_a_resumed_run_is_the_same_run(packs, tmp_path):
-    recipe = pretrain_clip.Recipe(steps=4, batch=6, procs=1, warmup=1)
+@pytest.mark.parametrize("name", ["nano", "small", "small-rn"])
+def test_each_parameter_has_one_optimizer(name):
+    model = pretrain_clip.make_model(name)[0]
+    muon, adamw = pretrain_clip.optimizers(model, pretrain_clip.Recipe())
+    names = {id(p): n for n, p in model.named_parameters()}
+    taken = [[names[id(p)] for group in o.param_groups for p in group["params"]] for o in (muon, adamw)]
+    assert sorted(taken[0] + taken[1]) == sorted(names.values())
+    assert all(n.endswith("weight") and "ln_" not in n and "bn" not in n for n in taken[0])
+    ends = {"visual.conv1.weight", "token_embedding.weight", "positional_embedding", "text_projection", "logit_scale"}
+    assert ends <= set(taken[1]), "the ends of both towers are AdamW's"
+    inner = "visual.layer3.1.conv2.weight" if name == "small-rn" else "visual.transformer.resblocks.3.mlp.c_fc.weight"
+    assert inner in taken[0] and "transformer.resblocks.2.attn.in_proj_weight" in taken[0]
+
+
+def test_the_average_holds_the_statistics_and_validation_moves_nothing(packs, tmp_path):
+    recipe = pretrain_clip.Recipe(model="small-rn", steps=3, batch=6, procs=1, warmup=1, ema=0.6)
+    run = pretrain_clip.Pretraining(recipe, packs, tmp_path, rank=0)
+    key = "visual.layer2.0.bn2.running_var"
+    expected = run.model.state_dict()[key].clone()
+    for step in range(2):
+        run.take_step()
+        expected.lerp_(run.model.state_dict()[key], 1 - min(0.6, (step + 1) / (step + 10)))
+    assert torch.equal(run.ema[key], expected) and not torch.equal(expected, torch.ones_like(expected))
+    before = {k: v.clone() for k, v in run.model.state_dict().items()}
+    run.log(0.0, validate=True)
+    assert all(torch.equal(v, before[k]) for k, v in run.model.state_dict().items()) and run.model.visual.bn1.training
+
+
+@pytest.mark.parametrize("name", ["nano", "small-rn"])
+def test_a_resumed_run_is_the_same_run(name, packs, tmp_path):
+    recipe = pretrain_clip.Recipe(model=name, steps=4, batch=6, procs=1, warmup=1)
     whole = pretrain_clip.Pretraining(recipe, packs, tmp_path / "whole", rank=0)
     losses = [whole.take_step() for _ in range(4)]
     first = pretrain_clip.Pretraining(recipe, packs, tmp_path / "cut", rank=0)
@@ -270,4 +330,56 @@ def test_a_resumed_run_is_the_same_run(packs, tmp_path):
         pretrain_clip.export(run)
     made = [json.loads((tmp_path / run / "recipe.json").read_text()) for run in ("whole", "cut")]
     assert made[0]["weights_sha256"] == made[1]["weights_sha256"] and made[0]["images_seen"] == 24
-    assert (tmp_path / "cut" / "nano.safetensors").stat().st_size < 5e6
+    assert (tmp_path / "cut" / f"{name}.safetensors").stat().st_size < 15e6
+    load_clip(name, pretrained=str(tmp_path / "cut" / f"{name}.safetensors"))
+
+
+def test_lines_that_a_killed_run_logged_in_vain_are_forgotten(tmp_path):
+    log = tmp_path / "log.jsonl"
+    pretrain_clip.trim_log(log, 0)
+    assert log.read_text() == ""
+    log.write_text('{"step": 50}\n{"step": 100}\n{"step": 150}\n{"step": 2')
+    pretrain_clip.trim_log(log, 100)
+    assert log.read_text() == '{"step": 50}\n{"step": 100}\n'
+
+
+def start(packs, work, recipe):
+    """The training script in a process group of its own, with two words a field of the recipe."""
+    options = [word for name, value in recipe.items() for word in (f"--{name}", str(value))]
+    script = [sys.executable, pretrain_clip.__file__, "--data-root", str(packs), "--work", str(work), *options]
+    env = os.environ | {"PYTHONPATH": str(PACKAGE.parent), "OMP_NUM_THREADS": "1"}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(script, env=env, start_new_session=True, **quiet)
+
+
+def kill_after(process, state, saves):
+    """SIGKILL to the whole group, once `state` has been written `saves` times, somewhere in the steps that follow."""
+    seen = set()
+    while len(seen) < saves and process.poll() is None:
+        if state.exists():
+            seen.add(state.stat().st_mtime_ns)
+        time.sleep(0.002)
+    time.sleep(random.Random(saves).uniform(0, 0.1))
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def test_a_run_that_is_killed_resumes_to_the_same_bits(packs, tmp_path):
+    """The command line, SIGKILL between two saves, and the same command again, against a run that nobody disturbed."""
+    recipe = {"model": "nano", "procs": 1, "steps": 30, "batch": 4, "warmup": 2, "save-every": 3}
+    cut, whole = (start(packs, tmp_path / name, recipe) for name in ("cut", "whole"))
+    saves = random.Random(4).randint(1, 4)
+    kill_after(cut, tmp_path / "cut" / "state.pt", saves)
+    assert cut.returncode == -signal.SIGKILL and not (tmp_path / "cut" / "recipe.json").exists()
+    stopped = torch.load(tmp_path / "cut" / "state.pt", weights_only=True)["step"]
+    assert 3 * saves <= stopped < 30 and stopped % 3 == 0
+    for process in (whole, start(packs, tmp_path / "cut", recipe)):
+        _, said = process.communicate()
+        assert process.returncode == 0, said
+    weights = [(tmp_path / name / "nano.safetensors").read_bytes() for name in ("cut", "whole")]
+    assert weights[0] == weights[1]
+    made = [json.loads((tmp_path / name / "recipe.json").read_text()) for name in ("cut", "whole")]
+    for run in made:
+        run.pop("wall_s")
+        assert [line.pop("seconds") >= 0 for line in run["validation_curve"]] == [True]
+    assert made[0] == made[1] and made[0]["recipe"]["save_every"] == 3 and made[0]["images_seen"] == 120

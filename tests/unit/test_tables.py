@@ -153,6 +153,15 @@ def test_sets_table_puts_chance_beside_each_accuracy():
     assert cells(html, 1) == ["toy/gray", "8", "20", "12.5", f"75.0\u00a0({low:.1f}\u2060–\u2060{high:.1f})"]
 
 
+def test_sets_table_has_a_column_for_each_budget():
+    made = [row("CLIP", [1] * 15 + [0] * 5, attack="none", eps_255=0.0, metric="clean_acc")]
+    made += [row("CLIP", [1] * k + [0] * (20 - k), eps_255=eps) for eps, k in ((1.0, 10), (2.5, 0))]
+    html = book.sets_table(made, {"toy/gray": 8}, caption="Left.")
+    assert cells(html, 0) == ["data set", "classes", "images", "chance", "clean", "ε = 1/255", "ε = 2.5/255"]
+    assert [cell.split("\u00a0")[0] for cell in cells(html, 1)[3:]] == ["12.5", "75.0", "50.0", "0.0"]
+    assert "pgd-20 at ε = 1, 2.5/255 (20 steps of 0.25 ε)" in html
+
+
 def test_paired_table_compares_with_the_first_line():
     right, half = (
         row(m, c, attack="none", eps_255=0.0, metric="clean_acc")

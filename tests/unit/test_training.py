@@ -23,6 +23,7 @@ from robustvlm_lite.defenses import (
     read_facts,
     save_change,
 )
+from robustvlm_lite.defenses.training import collapsed_at
 from robustvlm_lite.runtime import UserError
 from robustvlm_lite.threat import ThreatModel
 
@@ -289,3 +290,30 @@ def test_a_defense_is_attacked_through_itself(trained):
     x = photos(2).pixels().requires_grad_()
     (grad,) = torch.autograd.grad(F.cross_entropy(surface(x), torch.tensor([0, 1])), x)
     assert surface.clip is trained.clip and grad.abs().sum() > 0
+
+
+CHANCE = math.log(10)  # of ten classes: 2.30
+COLLAPSE = {  # (clean cross-entropy, adversarial term) of each step, window -> the step by which it has collapsed
+    "EuroSAT, as reported": ([(2.0, 0.3)] * 5 + [(2.28, 0.0)] * 60, 50, 54),
+    "one step short": ([(2.28, 0.0)] * 49, 50, None),
+    "interrupted": ([(2.28, 0.0)] * 30 + [(2.28, 2e-3)] + [(2.28, 0.0)] * 49, 50, None),
+    "at chance, but attacks still change it": ([(CHANCE, 1e-3)] * 60, 50, None),
+    "nothing to attack, but it has learned": ([(0.94 * CHANCE, 0.0)] * 60, 50, None),
+    "worse than chance": ([(1.06 * CHANCE, 0.0)] * 60, 50, None),
+    "edges of the band": ([(0.951 * CHANCE, 0.0), (1.049 * CHANCE, 9e-4)], 2, 1),
+    "not a number": ([(math.nan, 0.0)] * 60, 50, None),
+    "no steps": ([], 50, None),
+}
+
+
+@pytest.mark.parametrize("name", COLLAPSE)
+def test_a_collapsed_run_is_noticed(name):
+    steps, window, expected = COLLAPSE[name]
+    natural, adversarial = [s[0] for s in steps], [s[1] for s in steps]
+    assert collapsed_at(natural, adversarial, 10, window) == expected
+
+
+@pytest.mark.parametrize("arguments", [([1.0], [], 10), ([], [], 1), ([], [], 10, 0)])
+def test_terms_that_cannot_tell_a_collapse_are_refused(arguments):
+    with pytest.raises(UserError, match="^expected two terms of equally many steps[^\n]+$"):
+        collapsed_at(*arguments)

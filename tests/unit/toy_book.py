@@ -91,7 +91,8 @@ def checkout(tmp_path, monkeypatch) -> Path:
     package = tmp_path / "checkout" / "robustvlm_lite"
     (package / "assets" / "clip").mkdir(parents=True)
     (package / "assets" / "profiles.yml").write_text(PROFILES)
-    shutil.copy(runtime.asset("clip", "nano.json"), package / "assets" / "clip")
+    for name in ("clip/nano.json", "clip/models.yml", "datasets.yml"):
+        shutil.copy(runtime.asset(name), package / "assets" / name)
     (package / "assets" / "clip" / "nano.safetensors").write_text("")
     notebooks = package.parent / "notebooks"
     notebooks.mkdir()
