@@ -13,6 +13,7 @@ from .measure import (
     measure_images,
     measure_logits,
     measure_maps,
+    measure_model,
     measure_seconds,
     training_cost,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "measure_images",
     "measure_logits",
     "measure_maps",
+    "measure_model",
     "measure_seconds",
     "model_cards",
     "nearly_done",

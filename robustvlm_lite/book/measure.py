@@ -160,8 +160,13 @@ class Resized(nn.Module):
 def measure(run, defense: Defense, data: ImageSet, attacks: Sequence) -> list[Row]:
     """Clean accuracy and accuracy under (Attack, ThreatModel) pairs, added to the run's card."""
     model = defense.classifier(data.class_names, data.templates)
+    return measure_model(run, defense.name, model, defense.attack_surface(model), data, attacks)
+
+
+def measure_model(run, method: str, model: nn.Module, surface: nn.Module, data: ImageSet, attacks: Sequence) -> list[Row]:
+    """As `measure`, of a model [B, 3, H, W] -> [B, C] by itself. surface: what the attacker queries and differentiates."""
     rows = evaluate.evaluate(
-        model, data, attacks, method=defense.name, seed=run.seed, surface=defense.attack_surface(model), store=run.store,
+        model, data, attacks, method=method, seed=run.seed, surface=surface, store=run.store,
         fingerprint=repr((data.class_names, data.templates)), batch_size=128,
     )  # fmt: skip
     run.card.add(rows)

@@ -253,11 +253,17 @@ def provenance_table(card: Mapping, *, out: str, command: str) -> Html:
 
 
 def _hashes(whole: str, parts: Mapping[str, str]) -> Html:
-    """Hashes cut to 12 digits, whole ones on hover."""
-    named = [("", whole)] if whole else []
-    named += [(f"{name} ", digest) for name, digest in parts.items() if digest != whole]
-    codes = (f'{escape(name)}<code title="{escape(digest)}">{escape(digest[:12])}</code>' for name, digest in named)
+    """Hashes cut to 12 digits, whole ones on hover. What shares a hash shares a line: the first name and how many more."""
+    names: dict[str, list[str]] = {whole: []} if whole else {}
+    for name, digest in parts.items():
+        names.setdefault(digest, []).append(name)
+    told = {digest: "" if digest == whole else _first(found) for digest, found in names.items()}
+    codes = (f'{escape(text)}<code title="{escape(digest)}">{escape(digest[:12])}</code>' for digest, text in told.items())
     return Html(", ".join(codes) or "–")
+
+
+def _first(names: Sequence[str]) -> str:
+    return f"{names[0]} " if len(names) == 1 else f"{names[0]} and {len(names) - 1} more "
 
 
 def command_line(chapter: str, profile: str, seed: int, parameters: Mapping) -> str:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from robustvlm_lite import attention, book, defenses
-from robustvlm_lite.attacks import cross_entropy, pgd
+from robustvlm_lite.attacks import cross_entropy, get_attack, pgd
 from robustvlm_lite.cards import Card
 from robustvlm_lite.clip import load_clip
 from robustvlm_lite.data import ImageSet, load
@@ -189,6 +189,27 @@ def test_images_made_elsewhere_become_a_row_of_the_card(random_clip, tmp_path):
     assert row.value == pytest.approx(right.float().mean().item()) and row.metric == "robust_acc"
     assert [r["method"] for r in run.card.as_dict()["rows"]] == ["toy ← other"]
     assert row.records["linf_255"].to_numpy() == pytest.approx([2.55] * len(data), abs=0.01)
+
+
+def test_a_model_by_itself_is_measured_as_its_defense_is(random_clip, tmp_path):
+    """The verdict is the model's, the gradient that of the surface: a surface that points the other way does nothing."""
+    data = photos()
+    model = random_clip.classifier(data.class_names, data.templates)
+    data = replace(data, labels=model(data.pixels()).argmax(1))  # every image is right at first
+    plan, runs = [(get_attack("pgd-2"), ThreatModel(8))], [toy_run(random_clip, tmp_path) for _ in range(3)]
+    for run in runs:
+        run.store = None
+    whole = book.measure(runs[0], Defense(random_clip), data, plan)
+    alone = book.measure_model(runs[1], "toy", model, model.fast(), data, plan)
+    misled = book.measure_model(runs[2], "toy", model, torch.nn.Sequential(model, Negated()), data, plan)
+    assert [r.value for r in alone] == [r.value for r in whole] and alone[0].value == 1
+    assert misled[1].value == 1 > alone[1].value
+    assert [r["method"] for r in runs[1].card.as_dict()["rows"]] == ["toy"] * 3
+
+
+class Negated(torch.nn.Module):
+    def forward(self, logits):
+        return -logits
 
 
 def test_a_committed_checkpoint_judges_images_of_its_size_and_larger_ones():
