@@ -77,7 +77,8 @@ clip, sizes, threat = run.load_clip(), run.sizes, ThreatModel(eps_255)
 # ## See it first
 #
 # One undefended model, the same photographs, two evaluations. The careless one makes two mistakes of this page: it counts
-# ε on normalized tensors, and it cuts pixels to 8 bits by truncation. Nothing was defended.
+# ε on normalized tensors, and it cuts pixels to 8 bits by truncation, which swallows every upward change below one gray level.
+# Nothing was defended.
 
 # %%
 photos = book.images(run, sizes.photos)
@@ -150,11 +151,11 @@ def enter(key, mistake, code, wrong, sound, diff=None):
 # %%
 sound_adv = pgd.run(surface, x, y, threat, keys)
 sound = judged("sound", sound_adv)
-enter("never", "the attack never runs", "APT `test()`", clean, sound)
+enter("never", "the attack never runs", "APT: `test()`", clean, sound)
 
 # %% [markdown]
 # The first entry needs no demonstration: in APT's `test()` the line with the attack is commented out, and the accuracy that
-# it prints, {glue:text}`never-wrong:.0f` percent here, is the clean one. Users have reported it as robust. A control catches it: an
+# it prints, {glue:text}`never-wrong:.0f` percent here, is the clean one. Users took it for a robust one (issue 8 of its repository). A control catches it: an
 # undefended model must fall.
 #
 # ## In which unit is ε counted?
@@ -166,7 +167,7 @@ enter("never", "the attack never runs", "APT `test()`", clean, sound)
 # %%
 wrong_unit = judged("ε on normalized tensors", pgd_in(clip.std, x, y, threat.eps, pgd.n_steps))
 right_unit = judged("ε in pixels", pgd_in(1, x, y, threat.eps, pgd.n_steps))
-enter("unit", "ε on normalized tensors", "PRSL `attack_vaq.py`", wrong_unit, right_unit)
+enter("unit", "ε on normalized tensors", "PRSL: `attack_vaq.py`", wrong_unit, right_unit)
 std = clip.std.flatten().tolist()
 stated = {f"{eps_255:g}/255, taken behind the normalization": (threat.eps, std), "PRSL, BLIP-2: step 0.3": (0.3, std),
           "PRSL, BLIP-2: ε 1": (1.0, std), "PRSL, captioner: step 0.02": (0.02, [0.5] * 3), "PRSL, captioner: ε 1": (1.0, [0.5] * 3)}  # fmt: skip
@@ -185,7 +186,7 @@ book.show(fig, "units", alt="One photograph clean and attacked: with the budget 
 # %% [markdown]
 # Behind the normalization the same {glue:text}`eps`/255 leaves {glue:text}`unit-wrong:.0f` percent, in pixels
 # {glue:text}`unit-sound:.0f`. PRSL errs to the other side: its ε is more than a quarter of the pixel range, and the captioner's one half,
-# never reached. Either way the caption says one thing and the attack does another.
+# never reached. Either way the number says one thing and the attack does another.
 #
 # The cure is a place: keep the normalization inside the model, and write ε in 1/255.
 #
@@ -196,7 +197,7 @@ book.show(fig, "units", alt="One photograph clean and attacked: with the budget 
 
 # %%
 off_range = pgd_in(1, x, y, threat.eps, pgd.n_steps, clamp=False)
-enter("range", "pixels outside [0, 1]", "PRSL `attack_vaq.py`", judged("no clamp", off_range), judged("no clamp, saved", off_range.clamp(0, 1)))
+enter("range", "pixels outside [0, 1]", "PRSL: `attack_vaq.py`", judged("no clamp", off_range), judged("no clamp, saved", off_range.clamp(0, 1)))
 book.glue("outside", 100 * ((off_range < 0) | (off_range > 1)).float().mean())
 try:
     audit(x, off_range, threat)
@@ -246,7 +247,7 @@ for name, objective in {"float16 mean over 256": half_precision(256), "bfloat16"
     starts = [generator(*k) for k in fkeys]
     x_adv = attacks.pgd(objective, fx, threat, n_steps=sizes.half_steps, generators=starts)
     halves[name] = judged(name, x_adv, f"pgd-{sizes.half_steps}", data=few)
-enter("half", "float16 gradient of a batch mean", "TGA-ZSR `TGA-ZSR.py:313, 418`", *halves.values())
+enter("half", "float16 gradient of a batch mean", "TGA-ZSR: `TGA-ZSR.py:313, 418`", *halves.values())
 
 # %% [markdown]
 # Of {glue:text}`n-half` photographs {glue:text}`dead-256` have no gradient at all when the mean runs over 256 images,
@@ -270,9 +271,10 @@ enter("half", "float16 gradient of a batch mean", "TGA-ZSR `TGA-ZSR.py:313, 418`
 coarse = attacks.get_attack(f"{pgd.name}-paper")
 names = {"CLIP": (model, surface)} | {name: book.bundled(run, name, photos) for name in sizes.candidates[:1]}
 for name, (judge, source) in names.items():
-    pair = [judged(f"{name}, {a.label}", a.run(source, x, y, threat, keys), a.name, judge=judge) for a in (coarse, pgd)]
+    made = {"step ε, last iterate": coarse, "step ε/4, best iterate": pgd}
+    pair = [judged(f"{name}, {how}", a.run(source, x, y, threat, keys), a.name, judge=judge) for how, a in made.items()]
     mistake = f"step ε, last iterate ({name})"
-    enter(f"step-{name}", mistake, "TGA-ZSR `attacks.py:63–103`; FAP", *pair)
+    enter(f"step-{name}", mistake, "TGA-ZSR: `attacks.py:63–103`; FAP", *pair)
 
 # %% [markdown]
 # On the undefended model {glue:text}`step-CLIP-wrong:.0f` percent stay right under the coarse attack and {glue:text}`step-CLIP-sound:.0f`
@@ -295,7 +297,7 @@ for name, copy in copies.items():
     beyond = ((copy - x).abs() > threat.eps + 1e-6).float().mean().item()
     saved[name] = judged(f"8 bits: {name}", copy)
     facts.append({"copy": name, "values beyond ε (%)": 100 * beyond, "mean shift (1/255)": 255 * (copy - sound_adv).mean().item(), "left (%)": 100 * saved[name].value})
-enter("cut", "truncation to 8 bits", "A-TPT `atpt.py:692`", saved["cut"], saved["to_8bit"])
+enter("cut", "truncation to 8 bits", "A-TPT: `atpt.py:692`", saved["cut"], saved["to_8bit"])
 book.glue("beyond", facts[0]["values beyond ε (%)"])
 formats = {"values beyond ε (%)": ".2f", "mean shift (1/255)": "+.2f", "left (%)": ".1f"}
 book.table(facts, caption=f"The sound attack as an 8-bit file, ε = {eps_255:g}/255, n = {len(x)}.", formats=formats, card_link=True)
@@ -352,18 +354,19 @@ views = Views(model, seed, "verdict")
 eot_adv = through(Views(surface, seed, "attack"))
 frozen = through(Views(surface, seed, "frozen", fixed=True))
 same_draw = judged("views, one draw for all", frozen, "pgd-frozen", judge=Views(model, seed, "frozen", fixed=True))
-enter("draw", "attack and verdict on one draw", "Comp-TGA `Comp-TGA.py:484–486`", same_draw, judged("views, frozen attack, fresh draws", frozen, "pgd-frozen", judge=views))
+fresh_draw = judged("views, frozen attack, fresh draw", frozen, "pgd-frozen", judge=views)
 
 # %%
 batches = {"clean": x, "blind attack": sound_adv, "through views": eot_adv}
 with torch.no_grad():
     right = {name: torch.stack([views(v).argmax(1) == y for _ in range(sizes.draws)]).float().cpu() for name, v in batches.items()}
 blind, seen = (right[name].mean(0).numpy() for name in ("blind attack", "through views"))  # share of draws that are right, [N]
-enter("blind", "random defense, attack without it", "A-TPT `atpt.py:691`; R-TPT", blind.mean(), seen.mean(), stats.paired_bootstrap(blind, seen))
+enter("blind", "random defense, attack without it", "A-TPT: `atpt.py:691`; R-TPT", blind.mean(), seen.mean(), stats.paired_bootstrap(blind, seen))
 book.glue("mean-clean", 100 * right["clean"].mean())
 book.glue("all-clean", 100 * right["clean"].cumprod(0)[-1].mean())
-for name, x_adv in {"blind attack": sound_adv, "through views": eot_adv}.items():
-    judged(f"views, {name}, one draw", x_adv, f"pgd-{name.split()[0]}", judge=views)
+judged("views, blind attack, fresh draw", sound_adv, "pgd-blind", judge=views)
+enter("draw", "attack and verdict on one draw", "Comp-TGA: `Comp-TGA.py:484–486` (its seeding)", same_draw, judged("views, EOT, fresh draw", eot_adv, "pgd-eot", judge=views))
+book.glue("draw-fresh", 100 * fresh_draw.value)
 
 # %%
 ks = range(1, sizes.draws + 1)
@@ -376,9 +379,11 @@ book.show(plots.convergence(curves, quantity="right in all k draws (%)", steps="
 # Attacked as released, the toy keeps {glue:text}`blind-wrong:.0f` percent, mean of {glue:text}`draws` fresh draws. Attacked through its views it
 # keeps {glue:text}`blind-sound:.0f`.
 #
-# Comp-TGA shows the other side: it sets the random seed anew inside its loss, so that every call draws the same numbers
-# (`Comp-TGA.py:484–486`). An attack that saw the draw of the verdict leaves {glue:text}`draw-wrong:.0f` percent; on fresh draws the same images
-# leave {glue:text}`draw-sound:.0f`.
+# Comp-TGA sets the random seed anew inside its loss, so that every call draws the same numbers (`Comp-TGA.py:484–486`). It has no random
+# defense; in a program with one, attack and verdict would share a draw.
+#
+# Here that leaves {glue:text}`draw-wrong:.0f` percent, and on a fresh draw the same images leave {glue:text}`draw-fresh:.0f`. EOT, on a
+# fresh draw, leaves {glue:text}`draw-sound:.0f`. A defense that must show its dice looks worse than it is.
 #
 # The figure shows a third trap: ask k times and count an image as lost at the first wrong answer. Without any attack that leaves
 # {glue:text}`all-clean:.0f` percent where a single draw leaves {glue:text}`mean-clean:.0f`. Print the mean over fresh draws, and the clean control at the same
@@ -389,8 +394,8 @@ book.show(plots.convergence(curves, quantity="right in all k draws (%)", steps="
 # An image's verdict must not depend on its neighbors. PRSL's penalty takes a log-softmax over the *positions of the
 # whole batch* (`lossfunctions.py:62–69`), so each value depends on the other images.
 #
-# TGA-ZSR leaves its model in training mode while it makes its training images. CLIP's transformer does not mind; a batch norm would, and A-TPT
-# also runs a ResNet. So the second toy is CLIP with a batch norm in place of its normalization. In evaluation mode it is the same model.
+# TGA-ZSR leaves its model in training mode while it makes its training images. Its transformer has nothing that minds; a batch norm would, and
+# A-TPT also runs a ResNet. So the second toy is CLIP with a batch norm in place of its normalization. In evaluation mode it is the same model.
 
 
 # %%
@@ -430,7 +435,7 @@ class BatchNormed(nn.Module):
 training = BatchNormed(surface).train()
 starts = [generator(*k) for k in keys]
 trained_on = attacks.pgd(attacks.cross_entropy(training, y), x, threat, n_steps=pgd.n_steps, generators=starts)
-enter("mode", "batch norm in training mode", "TGA-ZSR `attacks.py:63–103`", judged("attacked in training mode", trained_on), sound)
+enter("mode", "batch norm in training mode", "TGA-ZSR: `attacks.py:63–103`", judged("attacked in training mode", trained_on), sound)
 
 # %%
 leaky, order = BatchNormed(model), y.argsort(stable=True)
@@ -491,7 +496,7 @@ for name, (lanes, reset_first) in flows.items():
     known = {"method": f"tuned bias, {name}", "attack": pgd.name, "eps_255": eps_255, "seed": seed}
     streams[name] = evaluate.images_row(z, made_here, photos, **known)
 run.card.add(streams.values())
-enter("reset", "attack before the reset", "A-TPT `atpt.py:691, 733`; R-TPT", streams["attack first"], streams["reset first"])
+enter("reset", "attack before the reset", "A-TPT: `atpt.py:691, 733`; R-TPT", streams["attack first"], streams["reset first"])
 by_lane = [evaluate.column(streams[name].records, "prediction") for name in ("attack first", "attack first, fewer lanes")]
 book.glue("lanes", int((by_lane[0] != by_lane[1]).sum()))
 book.glue("fewer", 100 * streams["attack first, fewer lanes"].value)
@@ -517,7 +522,7 @@ weak = attacks.get_attack(f"pgd-{sizes.half_steps}")
 at_pool = ThreatModel(sizes.eps_pool)
 mild = weak.run(surface, x, y, at_pool, keys)
 facts = [judged("CLIP", mild, weak.name, sizes.eps_pool, data=data) for data in (own, photos)]
-enter("own", f"counted against its own answers (ε = {sizes.eps_pool:g}/255)", "PRSL `adv_vitgpt2.py`", *facts)
+enter("own", f"counted against its own answers (ε = {sizes.eps_pool:g}/255)", "PRSL: `adv_vitgpt2.py`", *facts)
 
 # %%
 known = {}
@@ -535,7 +540,7 @@ for s in range(500):
     picked.append([table[best, first].mean().item(), table[best, second].mean().item()])
 there, elsewhere = (sum(column) / len(picked) for column in zip(*picked, strict=True))
 gaps = sorted(a - b for a, b in picked)
-enter("pick", "checkpoint chosen on the test images", "TGA-ZSR (2024) `TGA-ZSR.py:245–260`", there, elsewhere, (there - elsewhere, gaps[12], gaps[-13]))
+enter("pick", "checkpoint chosen on the test images", "TGA-ZSR (2024): `TGA-ZSR.py:245–260`", there, elsewhere, (there - elsewhere, gaps[12], gaps[-13]))
 
 # %% [markdown]
 # Under a mild attack {glue:text}`own-wrong:.0f` percent of the answers stay what they were, and {glue:text}`own-sound:.0f` percent are right.
@@ -548,8 +553,8 @@ enter("pick", "checkpoint chosen on the test images", "TGA-ZSR (2024) `TGA-ZSR.p
 #
 # ## How many images, and how sure?
 #
-# An accuracy is a share of few answers. Wilson's interval {cite}`wilson1927` says how few. The pictures in PRSL's README are one each,
-# and A-TPT prints running means of one pass with one seed.
+# An accuracy is a share of few answers. Wilson's interval {cite}`wilson1927` says how few. PRSL's README shows single pictures, and A-TPT prints
+# running means of one pass with one seed.
 
 # %%
 pool = book.images(run, sizes.pool)
@@ -616,7 +621,7 @@ with torch.no_grad():
     stood = torch.stack([model(v).argmax(1) == y for v in tries])
 worst_adv = torch.stack(tries)[stood.long().argmin(0), torch.arange(len(x))]
 rows = [judged("five restarts", v, name, sizes.eps_pool) for v, name in ((tries[0], "pgd-2, one start"), (worst_adv, "pgd-2x5"))]
-enter("restart", "five restarts from one start", "Comp-TGA `attention_map.py:33–35`", *rows)
+enter("restart", "five restarts from one start", "Comp-TGA: `attention_map.py:33–35`", *rows)
 parts = torch.stack([hits[torch.randperm(len(hits), generator=generator(seed, "part", s))[: max(1, len(hits) // 8)]].mean() for s in range(20)])
 book.glue("low-part", 100 * parts.min())
 book.glue("high-part", 100 * parts.max())
@@ -633,7 +638,7 @@ book.glue("high-part", 100 * parts.max())
 # %%
 lines = [{"mistake": e["mistake"], "as reported": f"{100 * e['wrong']:.1f}", "sound": f"{100 * e['sound']:.1f}",
           "points (95 %)": book.points(e["diff"]), "in released code": e["code"].replace("`", "")} for e in ledger]  # fmt: skip
-caption = f"Accuracy in percent as the mistake reports it and as a sound evaluation does; {photos.name}, {pgd.label} at ε = {eps_255:g}/255 unless the line or its section says otherwise. Points: paired difference with its 95 % interval."
+caption = f"Accuracy in percent as the mistake reports it and as a sound evaluation does; {photos.name}, {pgd.label} at ε = {eps_255:g}/255 unless the line or its section says otherwise. Points: paired difference with its 95 % interval; for the chosen checkpoint the spread over splits, for the first images Wilson's interval."
 book.table(lines, caption=caption, card_link=True)
 
 # %%
@@ -641,7 +646,7 @@ flattering, harsh = ([e for e in ledger if ok(e["diff"])] for ok in (lambda d: d
 largest = max(ledger, key=lambda e: abs(e["diff"][0]))
 facts = {"sound": 100 * sound.value, "attack": pgd.label, "eps": f"{eps_255:g}", "n": len(x), "draws": sizes.draws, "mistakes": len(ledger), "n-half": len(few), "splits": len(picked),
          "flattering": len(flattering), "harsh": len(harsh), "largest": f"{book.points(largest['diff'])} points: {largest['mistake']}", "few-n": counts[0],
-         "candidates": len(known), "part-n": max(1, len(hits) // 8), "quiet": "; ".join(e["mistake"] for e in ledger if e["diff"][1] <= 0 <= e["diff"][2]) or "none"}  # fmt: skip
+         "candidates": len(known), "part-n": max(1, len(hits) // 8), "harsh-names": "; ".join(e["mistake"] for e in harsh) or "none here", "quiet": "; ".join(e["mistake"] for e in ledger if e["diff"][1] <= 0 <= e["diff"][2]) or "none"}  # fmt: skip
 for name, value in facts.items():
     book.glue(name, value)
 
@@ -652,11 +657,11 @@ book.show(fig, "ledger", alt="One bar for each mistake: the reported accuracy mi
           caption="What each mistake adds to the reported accuracy. A filled dot: the interval excludes zero.")  # fmt: skip
 
 # %% [markdown]
-# Most flattering mistakes weaken the attack. A few go the other way, and are no better for it: a number that is wrong downward
-# hides a defense that works.
+# Most flattering mistakes weaken the attack. Those that report too little ({glue:text}`harsh-names`) are no better: a number that is
+# wrong downward hides a defense that works.
 #
-# Here these cannot be told from none: {glue:text}`quiet`. On a larger model, another budget or more images they may. They
-# were made in the open, in code that others build on, and a test for them is cheap.
+# Here these cannot be told from none: {glue:text}`quiet`. On a larger model, at another budget or with more images they may. A
+# test for them is cheap.
 #
 # ## A battery of checks
 #

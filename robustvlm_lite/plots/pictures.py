@@ -125,7 +125,7 @@ def picture_rows(rows: Mapping[str, Tensor], heads: Sequence[str], *, feet: Sequ
     letters = max(6, int(cell * 72 / (0.55 * POINTS)))
     above, below = (["\n".join(textwrap.fill(line, letters) for line in text.split("\n")) for text in texts] for texts in (heads, feet))
     lines = sum(max((text.count("\n") + 1 for text in texts), default=0) for texts in (above, below))
-    fig = new_figure(width, len(rows) * (cell + 0.05) + 0.17 * lines + 0.3)
+    fig = new_figure(width, len(rows) * (cell + 0.03) + 0.17 * lines + 0.1)
     fig.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
     axes = fig.subplots(len(rows), k, squeeze=False)
     for line, (name, pictures) in zip(axes, rows.items(), strict=True):
