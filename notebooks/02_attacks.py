@@ -16,7 +16,7 @@
 # [source](https://github.com/robustvlm-lite/robustvlm_lite/blob/main/notebooks/02_attacks.py) ·
 # [paper](https://arxiv.org/abs/1706.06083) ·
 # [result card](https://github.com/robustvlm-lite/robustvlm_lite/tree/main/book/cards) ·
-# CPU: 1 minute (tiny) · GPU: minutes (paper)
+# CPU: 2 minutes (tiny) · GPU: minutes (paper)
 
 # %% [markdown]
 # ## At a glance
@@ -30,7 +30,7 @@
 # | Found on this page | of {glue:text}`n` photographs the undefended model names {glue:text}`clean:.0f` percent; at ε = {glue:text}`eps`/255 noise leaves {glue:text}`left-noise:.0f`, one step {glue:text}`left-fgsm:.0f`, {glue:text}`pgd-name` {glue:text}`left-pgd:.0f`. A model trained against attacks keeps {glue:text}`hard-pgd:.0f` under {glue:text}`pgd-name` at twice that budget, {glue:text}`hard-worst:.0f` under all attacks together |
 
 # %% tags=["parameters"]
-profile: str = "tiny"  # "tiny": laptop, 1 minute | "small": real image packs | "paper": OpenAI's CLIP, GPU
+profile: str = "tiny"  # "tiny": laptop, 2 minutes | "small": real image packs | "paper": OpenAI's CLIP, GPU
 seed: int = 0  # image subsets and attack starts derive from it
 eps_255: float = 0.0  # main attack budget in steps of 1/255; 0 takes the profile's
 n: int = 0  # images; 0 takes the profile's number
@@ -532,7 +532,7 @@ for target in models:
     book.glue(f"transfer-{target}", 100 * min(sources))
     book.glue(f"white-{target}", 100 * transfer[f"on {target}", target].value)
 book.show(plots.pair_grid(cells, marked=[(f"on {t}", t) for t in models]), "transfer", alt="A grid of accuracies: models that images were made on down, models that are asked across; the white-box diagonal is framed",
-          caption=f"Accuracy in percent on the same {len(x)} photographs, made on the model of the row ({pgd.label}, ε = {eps_255:g}/255) and shown to the model of the column. Framed: white box.")  # fmt: skip
+          caption=f"Accuracy in percent on the same {len(x)} photographs, made on the model of the row ({pgd.name.upper()}, ε = {eps_255:g}/255) and shown to the model of the column. Framed: white box.")  # fmt: skip
 
 # %%
 quiet = next(r for r in curve if (r.attack, r.eps_255, r.metric) == (noise.name, eps_255, "robust_acc"))
