@@ -421,7 +421,7 @@ def runner_up(model, x, y):
 targeted = attacks.attack_on(runner_up, f"targeted-{pgd.n_steps}", pgd.n_steps)
 
 # %%
-hard, (judge, source) = ThreatModel(2 * eps_255), book.bundled(run, "TeCoA", photos)
+hard, (judge, source) = ThreatModel(2 * eps_255), book.nano_checkpoint(run, "TeCoA", photos)
 plan = [pgd, *map(attacks.get_attack, sizes.attacks), targeted]
 measured = book.measure_model(run, "TeCoA", judge, source, photos, [(attack, hard) for attack in plan])
 clean, *found = [row for row in measured if row.metric != "robust_acc_8bit"]
@@ -521,7 +521,7 @@ book.show(fig, "curves", alt="Accuracy of the undefended model against the budge
 # model.
 
 # %%
-models = {"CLIP": (model, surface)} | {name: book.bundled(run, name, photos) for name in sizes.others}
+models = {"CLIP": (model, surface)} | {name: book.nano_checkpoint(run, name, photos) for name in sizes.others}
 made = {name: pgd.run(source, x, y, threat, keys) for name, (_, source) in models.items()}
 transfer = {(f"on {source}", target): book.measure_images(run, f"{target} ← {source}", models[target][0], photos, x_adv, pgd.name, eps_255)
             for source, x_adv in made.items() for target in models}  # fmt: skip

@@ -269,7 +269,7 @@ enter("half", "float16 gradient of a batch mean", "TGA-ZSR: `TGA-ZSR.py:313, 418
 
 # %%
 coarse = attacks.get_attack(f"{pgd.name}-paper")
-names = {"CLIP": (model, surface)} | {name: book.bundled(run, name, photos) for name in sizes.candidates[:1]}
+names = {"CLIP": (model, surface)} | {name: book.nano_checkpoint(run, name, photos) for name in sizes.candidates[:1]}
 for name, (judge, source) in names.items():
     made = {"step ε, last iterate": coarse, "step ε/4, best iterate": pgd}
     pair = [judged(f"{name}, {how}", a.run(source, x, y, threat, keys), a.name, judge=judge) for how, a in made.items()]
@@ -527,7 +527,7 @@ enter("own", f"counted against its own answers (ε = {sizes.eps_pool:g}/255)", "
 # %%
 known = {}
 for name in sizes.candidates:
-    judge, source = book.bundled(run, name, photos)
+    judge, source = book.nano_checkpoint(run, name, photos)
     known[name] = judged(name, weak.run(source, x, y, threat, keys), weak.name, judge=judge)
 table = torch.stack([torch.from_numpy(evaluate.column(row.records, "correct")) for row in known.values()]).float()  # [K, N]
 

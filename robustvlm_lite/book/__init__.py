@@ -4,7 +4,6 @@ from .bundled import known_table, learning_curves, making_table, model_cards, ne
 from .markup import Html, table
 from .measure import (
     batched,
-    bundled,
     committed_card,
     defended,
     images,
@@ -15,6 +14,7 @@ from .measure import (
     measure_maps,
     measure_model,
     measure_seconds,
+    nano_checkpoint,
     training_cost,
 )
 from .run import Run, footer, glue, show, start
@@ -35,7 +35,6 @@ __all__ = [
     "Run",
     "accuracy_table",
     "batched",
-    "bundled",
     "claims_table",
     "committed_card",
     "compared",
@@ -54,6 +53,7 @@ __all__ = [
     "measure_model",
     "measure_seconds",
     "model_cards",
+    "nano_checkpoint",
     "nearly_done",
     "notes_tables",
     "overlap_table",

@@ -134,7 +134,7 @@ def measure_seconds(
     return rows
 
 
-def bundled(run, name: str, data: ImageSet) -> tuple[nn.Module, nn.Module]:
+def nano_checkpoint(run, name: str, data: ImageSet) -> tuple[nn.Module, nn.Module]:
     """A committed checkpoint on `nano` as (classifier, what an attacker differentiates), for images of any size.
 
     For comparisons that also a profile needs whose own backbone has no checkpoints: larger images are shrunk.

@@ -214,7 +214,7 @@ class Negated(torch.nn.Module):
 
 def test_a_committed_checkpoint_judges_images_of_its_size_and_larger_ones():
     data, run = photos(), SimpleNamespace(device=torch.device("cpu"))
-    judge, surface = book.bundled(run, "TeCoA", data)
+    judge, surface = book.nano_checkpoint(run, "TeCoA", data)
     classifier = defenses.load_defense("TeCoA", load_clip("nano")).classifier(data.class_names, data.templates)
     x = data.pixels()
     large = F.interpolate(x, scale_factor=3, mode="nearest")
