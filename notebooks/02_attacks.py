@@ -462,7 +462,7 @@ alone = [right_under[name].float().mean().item() for name in order]
 together = torch.stack(list(right_under.values())).cumprod(0).float().mean(1).tolist()
 others = {name: torch.stack([v for k, v in right_under.items() if k != name]).all(0) for name in order}
 only = {name: int((others[name] & ~right_under[name]).sum()) for name in order}
-book.glue("only", "; ".join(f"{name} {k}" for name, k in only.items() if k) or "no attack")
+book.glue("only", "; ".join(f"{name} {k}" for name, k in only.items() if k) or "none")
 
 # %%
 figs = [plots.convergence({"alone": alone, "worst case so far": together}, quantity="left (%)", steps="", percent=True, names=order)]
