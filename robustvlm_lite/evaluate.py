@@ -70,14 +70,39 @@ def clean_row(logits: torch.Tensor, data: ImageSet, *, method: str, seed: int = 
 
     For what `evaluate` would compute again and again: many lists of classes read the same image features.
     """
+    place = {"method": method, "attack": "none", "eps_255": 0.0, "seed": seed}
+    return _row_of_logits(logits, data, "clean_acc", weights_sha256, linf_255=0.0, **place)
+
+
+def images_row(
+    logits: torch.Tensor, x_adv: torch.Tensor, data: ImageSet, *, method: str, attack: str, eps_255: float, seed: int = 0,
+    weights_sha256: str = "",
+) -> Row:  # fmt: skip
+    """The row of logits [N, C] that a model gave to `x_adv` [N, 3, H, W], copies of all images of `data`, in their order.
+
+    For images that were made elsewhere: on another model, by another loop, or by an evaluation that a page takes
+    apart. Nothing is audited and no budget enforced; the records say how far each image really moved. The metric is
+    robust_acc, or clean_acc where `attack` is "none".
+    """
+    if x_adv.shape != data.images.shape:
+        raise UserError(f"expected attacked images {list(data.images.shape)}, got {list(x_adv.shape)}; attack all of them")
+    moved = 255 * (x_adv.cpu() - data.pixels()).abs().amax(dim=(1, 2, 3))
+    place = {"method": method, "attack": attack, "eps_255": eps_255, "seed": seed}
+    metric = "clean_acc" if attack == "none" else "robust_acc"
+    return _row_of_logits(logits, data, metric, weights_sha256, linf_255=moved.numpy(), **place)
+
+
+def _row_of_logits(logits: torch.Tensor, data: ImageSet, metric: str, weights_sha256: str, **columns) -> Row:
     if len(logits) != len(data) or logits.shape[1] <= int(data.labels.max()):
         got = f"{list(logits.shape)} for {len(data)} images with labels up to {int(data.labels.max())}"
         raise UserError(f"expected logits [N, C] of every image of {data.name}, got {got}")
-    prediction, margin = _answers(logits, data.labels.to(logits.device), f"{method} · {data.name}", "the images")
-    place = {"method": method, "dataset": data.name, "attack": "none", "eps_255": 0.0, "seed": seed}
-    records = _table(data, prediction=prediction, margin=margin, prediction_8bit=prediction, linf_255=0.0, **place)
+    cell = f"{columns['method']} · {data.name}"
+    prediction, margin = _answers(logits, data.labels.to(logits.device), cell, "the images")
+    records = _table(
+        data, dataset=data.name, prediction=prediction, margin=margin, prediction_8bit=prediction, **columns
+    )
     hashes = {"weights_sha256": weights_sha256, "data_sha256": data.sha256}
-    return _row(Cell(records, 0.0, len(data), 0), "clean_acc", hashes, {"seed": seed})
+    return _row(Cell(records, 0.0, len(data), 0), metric, hashes, {"seed": columns["seed"]})
 
 
 def worst_case(rows: Iterable[Row]) -> Row:

@@ -118,7 +118,7 @@ def _batch_composition(model: nn.Module, data: ImageSet) -> Check:
     alone = torch.cat([model(image) for image in x.split(1)])
     turned = model(x.flip(0)).flip(0)
     change = max(_relative(whole, alone), _relative(whole, turned))
-    why = "An image's logits must not depend on its neighbours in the batch, else attack and verdict see two models."
+    why = "An image's logits must not depend on its neighbors in the batch, else attack and verdict see two models."
     told = f"largest change {change:.1e} of the largest logit"
     return Check("batch composition", change <= LOGIT_TOLERANCE, told, why)
 

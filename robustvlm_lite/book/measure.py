@@ -8,17 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import attention, defenses, evaluate
 from ..cards import load_card, shelf
-from ..clip import ZeroShotCLIP
+from ..clip import ZeroShotCLIP, load_clip
 from ..data import ImageSet
 from ..defenses import Defense, Training
 from ..evaluate import PassCounter
 from ..records import Row
-from ..runtime import UserError
+from ..runtime import UserError, weights_sha256
 from ..stats import bootstrap_mean, paired_bootstrap
 
 
@@ -133,15 +134,44 @@ def measure_seconds(
     return rows
 
 
+def nano_checkpoint(run, name: str, data: ImageSet) -> tuple[nn.Module, nn.Module]:
+    """A committed checkpoint on `nano` as (classifier, what an attacker differentiates), for images of any size.
+
+    For comparisons that also a profile needs whose own backbone has no checkpoints: larger images are shrunk.
+    """
+    clip = load_clip("nano", device=str(run.device))
+    classifier = defenses.load_defense(name, clip).classifier(data.class_names, data.templates)
+    return Resized(classifier, clip.image_size), Resized(classifier.fast(), clip.image_size)
+
+
+class Resized(nn.Module):
+    """A model of images of `side` pixels, asked about larger ones: they are shrunk in the graph, antialiased."""
+
+    def __init__(self, model: nn.Module, side: int):
+        super().__init__()
+        self.model, self.side = model, side
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.side:
+            x = F.interpolate(x, size=(self.side, self.side), mode="bilinear", antialias=True).clamp(0, 1)
+        return self.model(x)
+
+
 def measure(run, defense: Defense, data: ImageSet, attacks: Sequence, *, seed: int | None = None) -> list[Row]:
     """Clean accuracy and accuracy under (Attack, ThreatModel) pairs, added to the run's card.
 
     seed: of a defense that was trained with another than the run's.
     """
     model = defense.classifier(data.class_names, data.templates)
+    return measure_model(run, defense.name, model, defense.attack_surface(model), data, attacks, seed=seed)
+
+
+def measure_model(
+    run, method: str, model: nn.Module, surface: nn.Module, data: ImageSet, attacks: Sequence, *, seed: int | None = None
+) -> list[Row]:
+    """As `measure`, of a model [B, 3, H, W] -> [B, C] by itself. surface: what the attacker queries and differentiates."""
     rows = evaluate.evaluate(
-        model, data, attacks, method=defense.name, seed=run.seed if seed is None else seed,
-        surface=defense.attack_surface(model), store=run.store,
+        model, data, attacks, method=method, seed=run.seed if seed is None else seed, surface=surface, store=run.store,
         fingerprint=repr((data.class_names, data.templates)), batch_size=128,
     )  # fmt: skip
     run.card.add(rows)
@@ -161,6 +191,19 @@ def measure_logits(run, data: ImageSet, logits: Mapping[str, Tensor]) -> list[Ro
     rows = [evaluate.clean_row(z, data, method=name, **known) for name, z in logits.items()]
     run.card.add(rows)
     return rows
+
+
+def measure_images(run, method: str, model: nn.Module, data: ImageSet, x_adv: Tensor, attack: str, eps_255: float) -> Row:
+    """Accuracy of `model` on `x_adv` [N, 3, H, W], copies of `data` that were made elsewhere, added to the run's card.
+
+    The verdict is a single forward pass: of a random model it is one draw. See `evaluate.images_row`.
+    """
+    with torch.no_grad():
+        logits = torch.cat([model(part.to(run.device)).cpu() for part in x_adv.split(128)])
+    known = {"seed": run.seed, "weights_sha256": weights_sha256(model)}
+    row = evaluate.images_row(logits, x_adv, data, method=method, attack=attack, eps_255=eps_255, **known)
+    run.card.add([row])
+    return row
 
 
 def measure_maps(

@@ -1,7 +1,7 @@
 """The tables of a chapter: accuracies with intervals, claims with verdicts, soundness checks, provenance."""
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
 import yaml
@@ -67,17 +67,29 @@ def sets_table(rows: Sequence[Row], classes: Mapping[str, int], *, caption: str)
     return table(list(lines.values()), caption=f"{caption} In percent.{told}", formats={"chance": ".1f"}, card_link=True)
 
 
-def paired_table(rows: Sequence[Row], reference: Row, *, caption: str) -> Html:
-    """One line a row: its accuracy, and the difference to `reference` on the same images, both with 95 % intervals."""
+def paired_table(
+    rows: Sequence[Row], reference: Row, *, caption: str, by: str = "method",
+    more: Mapping[str, Callable[[Row], object]] | None = None,
+) -> Html:  # fmt: skip
+    """One line a row: its accuracy, and the difference to `reference` on the same images, both with 95 % intervals.
+
+    by: the field that names a line, "method" or "attack". more: heading -> what it shows of a row.
+    """
+    head = {"method": "what is done"}.get(by, by)
     lines = []
     for row in rows:
-        diff, low, high = (100 * v for v in paired(row.records, reference.records))
-        points = f"{diff:+.1f}\u00a0({low:+.1f} to {high:+.1f})".replace("-", "−")
-        change = {"points": "–" if row is reference else points}
-        lines.append({"what is done": row.method, "accuracy": _accuracy(row)} | change)
+        change = {"points": "–" if row is reference else points(paired(row.records, reference.records))}
+        line = {head: getattr(row, by), "accuracy": _accuracy(row)} | change
+        lines.append(line | {name: show(row) for name, show in (more or {}).items()})
     n = " or ".join(str(size) for size in sorted({row.n for row in rows}))
-    told = "accuracy in percent; points: paired difference to the first line; in parentheses the 95 % intervals."
+    told = f"accuracy in percent; points: paired difference to {getattr(reference, by)}; in parentheses the 95 % intervals."
     return table(lines, caption=f"{caption} n = {n}; {told}", card_link=True)
+
+
+def points(diff: tuple[float, float, float]) -> str:
+    """A paired difference (diff, lo, hi) of fractions as "+1.2 (−0.3 to +2.7)", in percentage points."""
+    diff, low, high = (100 * v for v in diff)
+    return f"{diff:+.1f}\u00a0({low:+.1f} to {high:+.1f})".replace("-", "−")
 
 
 def _pick(rows: Sequence[Row], method: str, head: str, fields: Mapping) -> Row | None:
@@ -241,11 +253,17 @@ def provenance_table(card: Mapping, *, out: str, command: str) -> Html:
 
 
 def _hashes(whole: str, parts: Mapping[str, str]) -> Html:
-    """Hashes cut to 12 digits, whole ones on hover."""
-    named = [("", whole)] if whole else []
-    named += [(f"{name} ", digest) for name, digest in parts.items() if digest != whole]
-    codes = (f'{escape(name)}<code title="{escape(digest)}">{escape(digest[:12])}</code>' for name, digest in named)
+    """Hashes cut to 12 digits, whole ones on hover. What shares a hash shares a line: the first name and how many more."""
+    names: dict[str, list[str]] = {whole: []} if whole else {}
+    for name, digest in parts.items():
+        names.setdefault(digest, []).append(name)
+    told = {digest: "" if digest == whole else _first(found) for digest, found in names.items()}
+    codes = (f'{escape(text)}<code title="{escape(digest)}">{escape(digest[:12])}</code>' for digest, text in told.items())
     return Html(", ".join(codes) or "–")
+
+
+def _first(names: Sequence[str]) -> str:
+    return f"{names[0]} " if len(names) == 1 else f"{names[0]} and {len(names) - 1} more "
 
 
 def command_line(chapter: str, profile: str, seed: int, parameters: Mapping) -> str:

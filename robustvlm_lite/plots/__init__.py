@@ -6,7 +6,7 @@ there is room. Strips of many columns are 7 in wide. There are no titles: the ca
 
 from .charts import ablation_grid, accuracy_vs_eps, convergence, cost_scatter, paired_bars
 from .grids import confusion_grid, mosaics, pair_grid, similarities, stretched
-from .pictures import attacked_strip, captioned, guesses, map_strip
+from .pictures import attacked_strip, captioned, guesses, map_strip, picture_rows
 from .style import COLORS, color
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "mosaics",
     "pair_grid",
     "paired_bars",
+    "picture_rows",
     "similarities",
     "stretched",
 ]

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import StrMethodFormatter
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from .style import NARROW, color, ink, looks, luminance, method_labels, new_figure, require, styled
 
@@ -165,7 +165,11 @@ def cost_scatter(points: Mapping[str, tuple], *, cost: str, quantity: str = "rob
             ax.plot([at, at], [100 * end for end in interval], color=look[name]["markeredgecolor"], linewidth=1.2)
         ax.plot(at, 100 * value, clip_on=False, zorder=3, label=name, markersize=7, **look[name])
     ax.set(ylim=(0, 100), ylabel=quantity, xlabel=cost, xscale="log" if log else "linear")
-    if not log:
+    if log:
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        ax.xaxis.set_minor_locator(NullLocator())
+    else:
         ax.set_xlim(0, 1.08 * max(costs))
     method_labels(ax, {name: 100 * point[1] for name, point in points.items()}, height - 0.6, look, linestyle="")
     return fig

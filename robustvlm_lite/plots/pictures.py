@@ -108,6 +108,37 @@ def guesses(
     return fig
 
 
+@styled
+def picture_rows(rows: Mapping[str, Tensor], heads: Sequence[str], *, feet: Sequence[str] = ()):
+    """Pictures in a table: one column a head, one row a name, and a text below each column if `feet` are given.
+
+    rows: name -> [K, 3, h, w] in [0, 1], for K heads.
+    """
+    k = len(heads)
+    require(rows and k, f"expected at least one row and one head, got {len(rows)} and {k}")
+    require(not feet or len(feet) == k, f"expected a text for each of {k} columns, got {len(feet)}")
+    for name, pictures in rows.items():
+        check_images(pictures, name)
+        require(len(pictures) == k, f"row {name!r}: expected {k} pictures, one a head, got {len(pictures)}")
+    width = NARROW if k <= 3 else WIDE
+    cell = (width - 0.3) / k
+    letters = max(6, int(cell * 72 / (0.55 * POINTS)))
+    above, below = (["\n".join(textwrap.fill(line, letters) for line in text.split("\n")) for text in texts] for texts in (heads, feet))
+    lines = sum(max((text.count("\n") + 1 for text in texts), default=0) for texts in (above, below))
+    fig = new_figure(width, len(rows) * (cell + 0.03) + 0.17 * lines + 0.1)
+    fig.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
+    axes = fig.subplots(len(rows), k, squeeze=False)
+    for line, (name, pictures) in zip(axes, rows.items(), strict=True):
+        for ax, picture in zip(line, pictures, strict=True):
+            _picture(ax, picture)
+        line[0].text(-0.04, 0.5, name, transform=line[0].transAxes, rotation=90, ha="right", va="center")
+    for ax, head in zip(axes[0], above, strict=True):
+        ax.set_title(head, pad=3, va="bottom")
+    for ax, foot in zip(axes[-1], below, strict=False):
+        ax.text(0.5, -0.04, foot, transform=ax.transAxes, ha="center", va="top")
+    return fig
+
+
 def _round_factor(factor: float) -> float:
     """Down to a power of two, which reads well and never clips."""
     return 2.0 ** np.floor(np.log2(factor))

@@ -10,7 +10,7 @@ from torch import nn
 
 from robustvlm_lite import records as records_module
 from robustvlm_lite.data.imageset import ImageSet
-from robustvlm_lite.evaluate import PassCounter, clean_row, evaluate, paired, weights_sha256, worst_case
+from robustvlm_lite.evaluate import PassCounter, clean_row, evaluate, images_row, paired, weights_sha256, worst_case
 from robustvlm_lite.records import CELL, SCHEMA, Store, column, select, verdicts, write_whole
 from robustvlm_lite.runtime import UserError, eval_mode, generator
 from robustvlm_lite.stats import wilson
@@ -424,3 +424,20 @@ def test_clean_row_of_ready_logits_is_that_of_evaluate():
         clean_row(logits[:-1], data, method="toy")
     with pytest.raises(UserError, match="finite logits"):
         clean_row(logits * torch.nan, data, method="toy")
+
+
+def test_row_of_images_made_elsewhere_tells_how_far_each_moved():
+    data, model = toy([40, 200, 100, 160], [0, 1, 1, 0]), Threshold()
+    x_adv = data.pixels() + torch.tensor([0.0, -0.5, 0.25, 3.0])[:, None, None, None] / 255  # the last far out of range
+    x_adv[1] = 0.1  # and one that is another picture
+    with torch.no_grad():
+        logits = model(x_adv)
+    row = images_row(logits, x_adv, data, method="toy ← other", attack="shift-1", eps_255=1.0, seed=3)
+    assert (row.metric, row.attack, row.eps_255, row.n, row.extra) == ("robust_acc", "shift-1", 1.0, 4, {"seed": 3})
+    assert column(row.records, "correct").tolist() == [True, False, False, False] and row.value == 1 / 4
+    assert column(row.records, "linf_255") == pytest.approx([0, 200 - 25.5, 0.25, 3], abs=1e-3)
+    clean = images_row(model(data.pixels()).detach(), data.pixels(), data, method="toy", attack="none", eps_255=0.0, seed=3)
+    assert clean.metric == "clean_acc"
+    assert clean.records.equals(evaluate(model, data, [], method="toy", seed=3, progress=False)[0].records)
+    with pytest.raises(UserError, match=r"expected attacked images \[4, 3, 4, 4\], got \[3, 3, 4, 4\]"):
+        images_row(logits, x_adv[:3], data, method="toy", attack="shift-1", eps_255=1.0)

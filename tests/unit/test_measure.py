@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from robustvlm_lite import attention, book, defenses
-from robustvlm_lite.attacks import cross_entropy, pgd
+from robustvlm_lite.attacks import cross_entropy, get_attack, pgd
 from robustvlm_lite.cards import Card
+from robustvlm_lite.clip import load_clip
 from robustvlm_lite.data import ImageSet, load
 from robustvlm_lite.defenses import Defense
 from robustvlm_lite.runtime import UserError
@@ -65,7 +66,6 @@ def test_a_checkpoint_of_another_training_is_refused_by_name(changed, random_cli
 
 
 def test_bundled_checkpoints_fit_the_tiny_profile():
-    from robustvlm_lite.clip import load_clip
     from robustvlm_lite.runtime import profile
 
     sizes, clip = profile("04_tga_zsr", "tiny"), load_clip("nano")
@@ -160,8 +160,6 @@ def test_maps_are_compared_scene_by_scene(random_clip, tmp_path):
 
 def test_equal_force_gains_belong_to_the_bundled_nano():
     """`benchmarks/metric_force.py` measures them; here once more, on maps upsampled to pictures."""
-    from robustvlm_lite.clip import load_clip
-
     clip, images = load_clip("nano"), load("photos/caltech", "train", n=256)
     model, x, y = clip.classifier(images.class_names, images.templates), images.pixels(), images.labels
     threat, steps = ThreatModel(2.0), {"n_steps": 2, "step_255": 2.0, "start": "zero", "keep": "last"}
@@ -178,3 +176,54 @@ def test_equal_force_gains_belong_to_the_bundled_nano():
     assert l2 / pull(lambda a, b: (a - b).abs().mean(1)) == pytest.approx(defenses.GAIN_L1, rel=0.01)
     cosine = pull(lambda a, b: 1 - F.cosine_similarity(a, b))
     assert l2 / cosine == pytest.approx(defenses.GAIN_COSINE, rel=0.01)
+
+
+def test_images_made_elsewhere_become_a_row_of_the_card(random_clip, tmp_path):
+    data, run = photos(), toy_run(random_clip, tmp_path)
+    run.device = torch.device("cpu")
+    model = random_clip.classifier(data.class_names, data.templates)
+    x_adv = (data.pixels() + 0.01).clamp(0, 1)
+    row = book.measure_images(run, "toy ← other", model, data, x_adv, "pgd-20", 2.0)
+    with torch.no_grad():
+        right = model(x_adv).argmax(1) == data.labels
+    assert row.value == pytest.approx(right.float().mean().item()) and row.metric == "robust_acc"
+    assert [r["method"] for r in run.card.as_dict()["rows"]] == ["toy ← other"]
+    assert row.records["linf_255"].to_numpy() == pytest.approx([2.55] * len(data), abs=0.01)
+
+
+def test_a_model_by_itself_is_measured_as_its_defense_is(random_clip, tmp_path):
+    """The verdict is the model's, the gradient that of the surface: a surface that points the other way does nothing."""
+    data = photos()
+    model = random_clip.classifier(data.class_names, data.templates)
+    data = replace(data, labels=model(data.pixels()).argmax(1))  # every image is right at first
+    plan, runs = [(get_attack("pgd-2"), ThreatModel(8))], [toy_run(random_clip, tmp_path) for _ in range(3)]
+    for run in runs:
+        run.store = None
+    whole = book.measure(runs[0], Defense(random_clip), data, plan)
+    alone = book.measure_model(runs[1], "toy", model, model.fast(), data, plan)
+    misled = book.measure_model(runs[2], "toy", model, torch.nn.Sequential(model, Negated()), data, plan)
+    assert [r.value for r in alone] == [r.value for r in whole] and alone[0].value == 1
+    assert misled[1].value == 1 > alone[1].value
+    assert [r["method"] for r in runs[1].card.as_dict()["rows"]] == ["toy"] * 3
+
+
+class Negated(torch.nn.Module):
+    def forward(self, logits):
+        return -logits
+
+
+def test_a_committed_checkpoint_judges_images_of_its_size_and_larger_ones():
+    data, run = photos(), SimpleNamespace(device=torch.device("cpu"))
+    judge, surface = book.nano_checkpoint(run, "TeCoA", data)
+    classifier = defenses.load_defense("TeCoA", load_clip("nano")).classifier(data.class_names, data.templates)
+    x = data.pixels()
+    large = F.interpolate(x, scale_factor=3, mode="nearest")
+    with torch.no_grad():
+        assert torch.equal(judge(x), classifier(x))
+        blocks = large.unfold(2, 3, 3).unfold(3, 3, 3).mean((-1, -2))  # nearest up, mean down: the image again
+        assert torch.allclose(blocks, x, atol=1e-6)
+        soft = F.interpolate(large, size=(64, 64), mode="bilinear", antialias=True)
+        assert torch.allclose(judge(large), classifier(soft), atol=1e-4)
+    wide = large.requires_grad_()
+    (grad,) = torch.autograd.grad(surface(wide).sum(), wide)
+    assert grad.shape == large.shape and grad.abs().sum() > 0, "an attacker's gradient passes through the shrinking"

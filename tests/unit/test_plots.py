@@ -305,6 +305,32 @@ def test_guesses_show_five_classes_an_image():
         plots.guesses(torch.rand(2, 3, 8, 8), p[:1], list("abcdefg"), [6, 0])
 
 
+def test_picture_rows_put_each_picture_under_its_head():
+    pictures = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    fig = plots.picture_rows({"a": pictures, "b": 1 - pictures}, ["clean", "ε = 1", "ε = 2"], feet=["x", "y", "z"])
+    assert len(fig.axes) == 6
+    for column, (head, foot) in enumerate((("clean", "x"), ("ε = 1", "y"), ("ε = 2", "z"))):
+        above, below = fig.axes[column], fig.axes[3 + column]
+        assert above.get_title() == head and foot in texts(below) and foot not in texts(above)
+        assert np.allclose(above.images[0].get_array(), pictures[column].permute(1, 2, 0), atol=1e-6)
+        assert np.allclose(below.images[0].get_array(), 1 - pictures[column].permute(1, 2, 0), atol=1e-6)
+    assert "a" in texts(fig.axes[0]) and "b" in texts(fig.axes[3])
+
+
+@pytest.mark.parametrize(
+    "pictures, heads, feet, message",
+    [
+        (torch.rand(2, 3, 4, 4), ["a"], [], "expected 1 pictures, one a head, got 2"),
+        (torch.rand(1, 3, 4, 4), ["a"], ["x", "y"], "a text for each of 1 columns, got 2"),
+        (torch.rand(1, 3, 4, 4) + 1, ["a"], [], r"row: expected pixels in \[0, 1\]"),
+        (torch.rand(0, 3, 4, 4), [], [], "at least one row and one head"),
+    ],
+)
+def test_picture_rows_refuse(pictures, heads, feet, message):
+    with pytest.raises(UserError, match=message):
+        plots.picture_rows({"row": pictures}, heads, feet=feet)
+
+
 def test_captioned_sheet_keeps_order_and_wraps():
     images = torch.rand(4, 3, 8, 8)
     fig = plots.captioned(images, ["a star", "b", "a photo of a large striped orange arrow", "d"], title="toy")

@@ -170,3 +170,26 @@ def test_paired_table_compares_with_the_first_line():
     html = book.paired_table([right, half], right, caption="Mistakes.")
     assert cells(html, 1)[2] == "–" and cells(html, 2)[0] == "wrong"
     assert re.fullmatch(r"−50.0\u00a0\(−\d\d.\d to −\d\d.\d\)", cells(html, 2)[2]) and "n = 20" in html
+
+
+def test_paired_table_by_attack_with_more_columns():
+    weak, strong = row("CLIP", [1] * 20, attack="pgd-20"), row("CLIP", [1, 0] * 10, attack="worst")
+    html = book.paired_table([weak, strong], weak, by="attack", more={"steps": lambda r: r.extra["n_steps"]}, caption="c")
+    assert cells(html, 0) == ["attack", "accuracy", "points", "steps"]
+    assert cells(html, 1)[::3] == ["pgd-20", "20"] and cells(html, 2)[0] == "worst"
+    assert "paired difference to pgd-20" in html
+
+
+def test_points_are_percent_with_true_minus_signs():
+    assert book.points((0.123, -0.0456, 0.3)) == "+12.3\u00a0(−4.6 to +30.0)"
+
+
+def test_provenance_names_each_hash_once():
+    parts = {"CLIP": "a" * 64, "logits × 4": "a" * 64, "logits × 16": "a" * 64, "TeCoA <1>": "b" * 64, "file": "f" * 64}
+    whole = {name: "0" * 12 for name in ("commit", "package", "torch", "device", "data_sha256", "code_sha256", "started")}
+    stamp = whole | {"dirty": False, "wall_s": 1.0, "weights_sha256": "f" * 64, "weights": parts}
+    card = {"chapter": "x", "profile": "tiny", "provenance": stamp}
+    html = str(book.tables.provenance_table(card, out="runs", command="robustvlm run x"))
+    weights = re.sub(r"<[^>]+>", "", html.split("weights", 1)[1].split("</tr>")[0])
+    assert weights == f"{'f' * 12}, CLIP and 2 more {'a' * 12}, TeCoA &lt;1&gt; {'b' * 12}"
+    assert html.count("a" * 64) == 1, "the whole hash on hover"
