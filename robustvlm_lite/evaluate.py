@@ -234,7 +234,10 @@ class _Run:
     @torch.no_grad()
     def _verdict(self, x: torch.Tensor, y: torch.Tensor, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         with torch.autocast(x.device.type, enabled=False):
-            return _answers(self.model(x), y, self.cell, f"the batch of images {index[0]} to {index[-1]}")
+            # Draws at test time are keyed by image, too: an answer is the same in every batch, attack and run.
+            keyed = getattr(self.model, "keyed", None)
+            keys = [(self.seed, self.data.name, "views", int(i)) for i in index]
+            return _answers((keyed(keys) if keyed else self.model)(x), y, self.cell, f"the batch of images {index[0]} to {index[-1]}")
 
     def _records(self, attack: str, eps_255: float, **columns):
         cell = {"method": self.method, "dataset": self.data.name, "attack": attack, "eps_255": eps_255}

@@ -39,6 +39,11 @@ def guide_pixels(clip: ZeroShotCLIP, maps: Tensor, form: str = "paper") -> Tenso
     return sharpen(pictures) if form == "released" and not clip.is_vit else pictures
 
 
+def require_form(clip: ZeroShotCLIP, form: str) -> None:
+    """Raises UserError, in one line, if the tower of `clip` has no tokens for this form of attention."""
+    _ways(clip, form)
+
+
 def _ways(clip: ZeroShotCLIP, form: str) -> dict:
     """The maps that a tower can give; UserError where it has no tokens for `form`."""
     if clip.is_vit:
