@@ -65,6 +65,16 @@ def evaluate(
     return rows
 
 
+def for_images(model: nn.Module, data: ImageSet, index: Iterable[int], seed: int) -> nn.Module:
+    """A model that draws random numbers at test time, with its draws fixed by seed, data set and the images' indices.
+
+    So an answer is the same in every batch, and against every attack, whose draws have other keys. Other models as they are.
+    """
+    if not hasattr(model, "keyed"):
+        return model
+    return model.keyed([(seed, data.name, "views", int(i)) for i in index])
+
+
 def clean_row(logits: torch.Tensor, data: ImageSet, *, method: str, seed: int = 0, weights_sha256: str = "") -> Row:
     """The clean_acc row of logits [N, C] of all images of `data`, in their order.
 
@@ -234,10 +244,8 @@ class _Run:
     @torch.no_grad()
     def _verdict(self, x: torch.Tensor, y: torch.Tensor, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         with torch.autocast(x.device.type, enabled=False):
-            # Draws at test time are keyed by image, too: an answer is the same in every batch, attack and run.
-            keyed = getattr(self.model, "keyed", None)
-            keys = [(self.seed, self.data.name, "views", int(i)) for i in index]
-            return _answers((keyed(keys) if keyed else self.model)(x), y, self.cell, f"the batch of images {index[0]} to {index[-1]}")
+            model = for_images(self.model, self.data, index, self.seed)
+            return _answers(model(x), y, self.cell, f"the batch of images {index[0]} to {index[-1]}")
 
     def _records(self, attack: str, eps_255: float, **columns):
         cell = {"method": self.method, "dataset": self.data.name, "attack": attack, "eps_255": eps_255}
