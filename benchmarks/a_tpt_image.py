@@ -61,7 +61,7 @@ class ReleasedOrder(Released):
         base = views.base_views(x[None], generators, r.n_views - 1, r.base)
         mix = views.augmix(base, generators).mix[0]
         pictures = attention.guide_pixels(self.clip, torch.stack([self.map(v) for v in base[0]]), "released")
-        mask = views.protected((pictures * 2**16).round(), r.r, quirk_quantile=True)
+        mask = views.protected(pictures, r.r, quirk_quantile=True)
         seen = torch.cat([x[None], views.guided_mix(base[0], mix, mask, r.lam_high, r.lam_low)])
         context = self.clip.model.token_embedding(self.ids[0, 1 : 1 + self.n_ctx]).detach().requires_grad_()
         with torch.no_grad():

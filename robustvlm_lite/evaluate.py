@@ -32,7 +32,8 @@ def evaluate(
 ) -> list[Row]:
     """Accuracy of `model` on clean images, then under each attack.
 
-    model: pixels `[B,3,H,W]` in [0,1] -> logits `[B,K]`, kept in eval mode during the call.
+    model: pixels `[B,3,H,W]` in [0,1] -> logits `[B,K]`, kept in eval mode during the call. One that draws random numbers
+    for each image gets the same for the clean and the attacked image, and an attacker others (`for_images`).
     attacks: pairs (Attack, ThreatModel); an l2 attack appears as "l2-" and its name.
     surface: what the attacker queries and differentiates, where that is not the model itself.
     store: keeps finished cells. fingerprint: names what the weights do not show (templates, test-time settings).
@@ -50,6 +51,7 @@ def evaluate(
     key = {"method": method, "dataset": data.name, "n": len(data), "seed": seed, "fingerprint": fingerprint} | hashes
     if surface is not model:
         key["surface_sha256"] = weights_sha256(surface)
+    key |= {name: m.settings for name, m in (("model", model), ("surface", surface)) if hasattr(m, "settings")}
 
     bar = tqdm(total=len(data) * (1 + len(plan)), unit="image", leave=False, disable=not progress)
     with eval_mode(model), bar:
@@ -221,8 +223,9 @@ class _Run:
             x, y = self._pixels(index)
             # Keyed by image: neither batch size nor what else is attacked changes an image's random start.
             keys = [(self.seed, self.data.name, attack.name, threat.eps_255, int(i)) for i in index]
+            surface = self.surface.streaming(keys) if hasattr(self.surface, "streaming") else self.surface
             with counter:
-                x_adv = attack.run(self.surface, x, y, threat, keys)
+                x_adv = attack.run(surface, x, y, threat, keys)
             audit(x, x_adv, threat)
             out["prediction"][index], out["margin"][index] = self._verdict(x_adv, y, index)
             out["prediction_8bit"][index] = self._verdict(to_8bit(x_adv, x, threat), y, index)[0]

@@ -12,23 +12,34 @@ from ..runtime import UserError, generator
 class Keyed(nn.Module):
     """A classifier that draws random numbers for each image, from a generator of the image's own.
 
-    `keyed(keys)` fixes the draws by one key an image, so that an answer depends on the key and not on batch or order.
-    Called without keys it draws anew in every call, from torch's global stream: what an attacker averages over.
+    `keyed(keys)` fixes the draws by one key an image: every call gives the same answers, whatever the batch or the order.
+    `streaming(keys)` draws on from call to call, also for each image by itself: what an attacker averages over. Without
+    keys each call draws anew from torch's global stream.
     """
 
-    keys: tuple | None = None
+    keys: tuple = ()
+    streams: tuple = ()
 
     def keyed(self, keys: Sequence[tuple]) -> "Keyed":
         """The same classifier, nothing copied, with draws fixed by a key for each image of the next batch."""
         other = copy.copy(self)
-        other.keys = tuple(keys)
+        other.keys, other.streams = tuple(keys), ()
+        return other
+
+    def streaming(self, keys: Sequence[tuple]) -> "Keyed":
+        """The same classifier with a stream of draws for each image of a batch, or of its first images."""
+        other = copy.copy(self)
+        other.keys, other.streams = (), tuple(generator("stream", *key) for key in keys)
         return other
 
     def generators(self, n: int) -> list[torch.Generator]:
-        keys = self.keys
-        if keys is None:
+        if n <= len(self.streams):
+            return list(self.streams[:n])
+        if not (self.keys or self.streams):
             fresh = torch.randint(2**62, ()).item()
-            keys = [("fresh", fresh, i) for i in range(n)]
-        if len(keys) != n:
-            raise UserError(f"expected a key for each of {n} images, got {len(keys)}; key the classifier for this batch")
-        return [generator(*key) for key in keys]
+            return [generator("fresh", fresh, i) for i in range(n)]
+        if len(self.keys) != n:
+            raise UserError(
+                f"expected a key for each of {n} images, got {len(self.keys or self.streams)}; key the classifier for this batch"
+            )
+        return [generator(*key) for key in self.keys]

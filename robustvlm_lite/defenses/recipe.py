@@ -77,7 +77,7 @@ class Recipe:
         """The same method on another number of views, with its counts in proportion; for attackers and small machines."""
         share = n_views / self.n_views
         return replace(
-            self, n_views=n_views, chosen=max(1, int(share * self.chosen)), n_neighbors=max(1, int(share * self.n_neighbors))
+            self, n_views=n_views, chosen=max(1, round(share * self.chosen)), n_neighbors=max(1, round(share * self.n_neighbors))
         )
 
 

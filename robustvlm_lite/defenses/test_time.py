@@ -22,11 +22,12 @@ from .recipe import CONTROLS, Evidence, Passes, Recipe
 from .view_making import calm_weights, make_views
 
 CHUNK = 256  # views that are in memory at once
+ATTACKER_VIEWS = 9  # the image and 8 views, drawn anew in each step, as T-VSS attacks R-TPT (its appendix C.8)
 ADAM_EPS = 1e-8
 
 
 class TestTime(Defense):
-    """A frozen CLIP behind a recipe. Nothing is trained; the default attacker does not know of it (`attack_surface`)."""
+    """A frozen CLIP behind a recipe; nothing is trained."""
 
     __test__ = False  # pytest: not a test
     deterministic = False
@@ -43,9 +44,9 @@ class TestTime(Defense):
         return TestTimeClassifier(self.clip, self.recipe, class_names)
 
     def attack_surface(self, classifier: "TestTimeClassifier") -> nn.Module:
-        """Rung T0: CLIP with the hand-written template, as the papers attack. The other rungs take the classifier itself,
-        `classifier.fewer(n)`, `classifier.smooth()` or another recipe's."""
-        return classifier.undefended().fast()
+        """The defense itself on fewer views, in bfloat16: the attacker knows all of it. The papers attack
+        `classifier.undefended()` instead; other rungs are `classifier.smooth()` and the classifiers of other recipes."""
+        return classifier.fewer(min(ATTACKER_VIEWS, self.recipe.n_views)).fast()
 
 
 class TestTimeClassifier(Keyed):
@@ -53,18 +54,19 @@ class TestTimeClassifier(Keyed):
 
     Differentiable as an attacker would have it: through views, features and weights, with masks, selection and the tuned
     context as constants that are computed again in each call (BPDA). smooth() also lets the gradient into the step.
-    passes: what all calls have cost.
+    passes: what all calls have cost.  settings: the recipe in words, which tells results of one CLIP apart.
     """
 
     __test__ = False
 
-    def __init__(self, clip: ZeroShotCLIP, recipe: Recipe, class_names: Sequence[str], smooth: bool = False):
+    def __init__(self, clip: ZeroShotCLIP, recipe: Recipe, class_names: Sequence[str], smooth=False, precision=None):
         super().__init__()
         spec = PromptSpec(n_text=len(clip.tokenizer.encode(recipe.template.split("{}")[0])), template=recipe.template)
         self.model = PromptedCLIP(clip, PromptLearner(clip, spec), class_names)
         if len(class_names) < 2:
             raise UserError(f"expected at least 2 classes, got {len(class_names)}: every view is sure of a single one")
         self.clip, self.recipe, self.class_names, self.is_smooth = clip, recipe, tuple(class_names), smooth
+        self.precision, self.settings = precision, f"{recipe}, smooth {smooth}, precision {precision}"
         self.passes = Passes()
         self._left: list[Tensor] = []  # under quirk_leak, the texts [C, D] that the image before left; shared by keyed copies
 
@@ -74,11 +76,15 @@ class TestTimeClassifier(Keyed):
 
     def fewer(self, n_views: int) -> "TestTimeClassifier":
         """The same method on fewer views."""
-        return TestTimeClassifier(self.clip, self.recipe.fewer(n_views), self.class_names, self.is_smooth)
+        return TestTimeClassifier(self.clip, self.recipe.fewer(n_views), self.class_names, self.is_smooth, self.precision)
 
     def smooth(self) -> "TestTimeClassifier":
         """The same answers; the gradient sees sign-like steps g / (|g| + ε) with the median of |g| for ε."""
-        return TestTimeClassifier(self.clip, self.recipe, self.class_names, smooth=True)
+        return TestTimeClassifier(self.clip, self.recipe, self.class_names, True, self.precision)
+
+    def fast(self) -> "TestTimeClassifier":
+        """The same method for gradients, features in bfloat16, as `clip.Classifier.fast`; verdicts belong to the original."""
+        return TestTimeClassifier(self.clip, self.recipe, self.class_names, self.is_smooth, torch.bfloat16)
 
     def forward(self, x: Tensor) -> Tensor:
         generators = self.generators(len(x))
@@ -98,7 +104,7 @@ class TestTimeClassifier(Keyed):
             x = views.truncated(x)
         seen = make_views(self.clip, recipe, x, generators, self._left[0] if self._left else text, self.passes)
         flat = seen.views.flatten(0, 1)
-        seen.features = self.model.image_features(flat).view(*seen.views.shape[:2], -1)
+        seen.features = self.model.image_features(flat, precision=self.precision).view(*seen.views.shape[:2], -1)
         self.passes.image_forwards += len(flat)
         seen.first = self.model.compare(seen.features.detach(), text)
         seen.chosen = views.lowest_entropy(seen.first, recipe.chosen)

@@ -32,8 +32,8 @@ class TTC(Defense):
         return Counterattacked(self.clip.classifier(class_names, templates))
 
     def attack_surface(self, classifier: "Counterattacked") -> nn.Module:
-        """CLIP itself, as the paper attacks; an attacker who knows takes the classifier."""
-        return classifier.undefended().fast()
+        """The defense itself; the paper attacks `classifier.undefended()`."""
+        return classifier
 
 
 class Counterattacked(Keyed):
@@ -41,7 +41,7 @@ class Counterattacked(Keyed):
 
     def __init__(self, plain: Classifier):
         super().__init__()
-        self.plain, self.passes = plain, Passes()
+        self.plain, self.passes, self.settings = plain, Passes(), "counterattack"
 
     def undefended(self) -> Classifier:
         """The same CLIP without the defense."""

@@ -51,8 +51,6 @@ def _mask(clip, recipe: Recipe, base: Tensor, generators: list[torch.Generator],
         seen = base
     passes.image_forwards += seen.shape[0] * seen.shape[1]
     passes.image_backwards += seen.shape[0] * seen.shape[1]
-    # Enlarged maps have plateaus. On a coarse scale their values tie exactly, so that rounding orders no pixels.
-    pictures = (pictures * 2**16).round()
     if recipe.guide == "inverted":
         return views.protected(-pictures, recipe.r)
     return views.protected(pictures, recipe.r, quirk_quantile=recipe.quirk_quantile)
