@@ -466,7 +466,9 @@ book.sanity_table(checks)
 #
 # Why constants in T3? The mask and the choice of views are steps: their true derivative is zero almost everywhere, so nothing is lost by
 # leaving it out. The tuned prompt is a sign step and hardly better. What remains, views, features and weights, can be differentiated
-# as it is; rounding to gray levels passes the gradient on unchanged. New views in every step keep the attack from fitting
+# as it is; rounding to gray levels passes the gradient on unchanged.
+#
+# New views in every step keep the attack from fitting
 # the ones that it happened to draw.
 #
 # T5 is a control. An attack that is told the label pushes every image away from its true class, and a defense that looks at many views may read the
