@@ -90,7 +90,14 @@ def _add_evaluate_options(sub: Parser) -> None:
     sub.add_argument("--data-root", default="", metavar="DIR", help="folder that holds a pack given by name")
     sub.add_argument("--model", default="nano", help="a CLIP that doctor lists, or an open_clip architecture (%(default)s)")
     sub.add_argument("--pretrained", default="", metavar="PATH", help="its weights: a file, or a tag of open_clip")
-    sub.add_argument("--defense", default="none", help="none (the default), one of the book, or a checkpoint's path")
+    sub.add_argument(
+        "--defense",
+        default="none",
+        help="none (the default), one of the book, or a checkpoint's path. Methods at test time cost an image more passes of "
+        "the image tower: TTC 4, and 2 backward; View ensemble and MTA 64; TPT, TPT-Ensemble, C-TPT and R-TPT 64, and 2 of "
+        "the text tower over all classes; A-TPT 72, A-TPT (released) 127, and as many of the text tower. The attacker knows "
+        "the defense and sees through 9 views a step",
+    )
     sub.add_argument("--attack", default="pgd", help="pgd (the default), cw, apgd-ce, autoattack, square, noise …")
     sub.add_argument("--eps-255", type=float, default=1.0, metavar="ε", help="budget in 1/255, ℓ∞ (%(default)s)")
     sub.add_argument("--steps", type=int, metavar="N", help="steps of the attack; left out: 20 for pgd, else its own")

@@ -32,7 +32,8 @@ def evaluate(
 ) -> list[Row]:
     """Accuracy of `model` on clean images, then under each attack.
 
-    model: pixels `[B,3,H,W]` in [0,1] -> logits `[B,K]`, kept in eval mode during the call.
+    model: pixels `[B,3,H,W]` in [0,1] -> logits `[B,K]`, kept in eval mode during the call. One that draws random numbers
+    for each image gets the same for the clean and the attacked image, and an attacker others (`for_images`).
     attacks: pairs (Attack, ThreatModel); an l2 attack appears as "l2-" and its name.
     surface: what the attacker queries and differentiates, where that is not the model itself.
     store: keeps finished cells. fingerprint: names what the weights do not show (templates, test-time settings).
@@ -50,6 +51,7 @@ def evaluate(
     key = {"method": method, "dataset": data.name, "n": len(data), "seed": seed, "fingerprint": fingerprint} | hashes
     if surface is not model:
         key["surface_sha256"] = weights_sha256(surface)
+    key |= {name: m.settings for name, m in (("model", model), ("surface", surface)) if hasattr(m, "settings")}
 
     bar = tqdm(total=len(data) * (1 + len(plan)), unit="image", leave=False, disable=not progress)
     with eval_mode(model), bar:
@@ -63,6 +65,16 @@ def evaluate(
             cell = run.finish(label, threat.eps_255, store, key | {"settings": extra}, attacked)
             rows += [_row(cell, metric, hashes, extra) for metric in ("robust_acc", "robust_acc_8bit")]
     return rows
+
+
+def for_images(model: nn.Module, data: ImageSet, index: Iterable[int], seed: int) -> nn.Module:
+    """A model that draws random numbers at test time, with its draws fixed by seed, data set and the images' indices.
+
+    So an answer is the same in every batch, and against every attack, whose draws have other keys. Other models as they are.
+    """
+    if not hasattr(model, "keyed"):
+        return model
+    return model.keyed([(seed, data.name, "views", int(i)) for i in index])
 
 
 def clean_row(logits: torch.Tensor, data: ImageSet, *, method: str, seed: int = 0, weights_sha256: str = "") -> Row:
@@ -211,8 +223,9 @@ class _Run:
             x, y = self._pixels(index)
             # Keyed by image: neither batch size nor what else is attacked changes an image's random start.
             keys = [(self.seed, self.data.name, attack.name, threat.eps_255, int(i)) for i in index]
+            surface = self.surface.streaming(keys) if hasattr(self.surface, "streaming") else self.surface
             with counter:
-                x_adv = attack.run(self.surface, x, y, threat, keys)
+                x_adv = attack.run(surface, x, y, threat, keys)
             audit(x, x_adv, threat)
             out["prediction"][index], out["margin"][index] = self._verdict(x_adv, y, index)
             out["prediction_8bit"][index] = self._verdict(to_8bit(x_adv, x, threat), y, index)[0]
@@ -234,7 +247,8 @@ class _Run:
     @torch.no_grad()
     def _verdict(self, x: torch.Tensor, y: torch.Tensor, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         with torch.autocast(x.device.type, enabled=False):
-            return _answers(self.model(x), y, self.cell, f"the batch of images {index[0]} to {index[-1]}")
+            model = for_images(self.model, self.data, index, self.seed)
+            return _answers(model(x), y, self.cell, f"the batch of images {index[0]} to {index[-1]}")
 
     def _records(self, attack: str, eps_255: float, **columns):
         cell = {"method": self.method, "dataset": self.data.name, "attack": attack, "eps_255": eps_255}

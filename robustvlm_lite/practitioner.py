@@ -64,6 +64,7 @@ def evaluate_own(
                 method=defended.name,
                 seed=seed,
                 surface=defended.attack_surface(classifier),
+                batch_size=8 if defended.adapts_at_test_time else 64,  # an attacker's views all lie in one graph
                 store=Store(folder / "cells"),
             )
             card.add(rows).write(folder)

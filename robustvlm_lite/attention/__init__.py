@@ -8,7 +8,7 @@ from .bidirectional import FUSIONS, NORMS, as_distribution, bidirectional_map, b
 from .convolution import pool_rollout, sharpen, stage_cam
 from .distance import METRICS, gram, map_distance
 from .faithfulness import area, patch_curve
-from .guide import FORMS, guide, guide_pixels
+from .guide import FORMS, guide, guide_pixels, require_form
 from .overlap import center_prior, iou, map_iou, mask_map, random_map
 from .rollout import attention_rollout, gar, gradient_rollout
 from .scaling import clip_top, is_flat, minmax, upsample, upsampling
@@ -52,6 +52,7 @@ __all__ = [
     "patch_curve",
     "pool_rollout",
     "random_map",
+    "require_form",
     "sharpen",
     "stage_cam",
     "text_map",

@@ -34,9 +34,17 @@ def guide(clip: ZeroShotCLIP, x: Tensor, text_features: Tensor, form: str = "pap
 
 
 def guide_pixels(clip: ZeroShotCLIP, maps: Tensor, form: str = "paper") -> Tensor:
-    """The maps [..., N] of `guide` as pictures [..., H, W] in [0, 1] of the tower's image size."""
-    pictures = upsample(minmax(maps, 1e-8), clip.image_size)
+    """The maps [..., N] of `guide` as pictures [..., H, W] in [0, 1] of the tower's image size.
+
+    In steps of 2^-16: pixels between the same cells are equal, and rounding, which hangs on the batch, must not order them.
+    """
+    pictures = (upsample(minmax(maps, 1e-8), clip.image_size) * 2**16).round() / 2**16
     return sharpen(pictures) if form == "released" and not clip.is_vit else pictures
+
+
+def require_form(clip: ZeroShotCLIP, form: str) -> None:
+    """Raises UserError, in one line, if the tower of `clip` has no tokens for this form of attention."""
+    _ways(clip, form)
 
 
 def _ways(clip: ZeroShotCLIP, form: str) -> dict:

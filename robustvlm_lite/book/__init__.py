@@ -1,5 +1,6 @@
 """What a chapter's notebook calls: start and footer, figures, tables, glued numbers, and exercises that answer back."""
 
+from .at_test_time import always_right, craft, maps_table, measure_shown, passes_table
 from .bundled import known_table, learning_curves, making_table, model_cards, nearly_done, notes_tables, overlap_table
 from .markup import Html, table
 from .measure import (
@@ -35,11 +36,13 @@ __all__ = [
     "Html",
     "Run",
     "accuracy_table",
+    "always_right",
     "backbone",
     "batched",
     "claims_table",
     "committed_card",
     "compared",
+    "craft",
     "defended",
     "footer",
     "glue",
@@ -48,6 +51,7 @@ __all__ = [
     "learning_curves",
     "making_table",
     "map_facts",
+    "maps_table",
     "marked",
     "measure",
     "measure_images",
@@ -56,12 +60,14 @@ __all__ = [
     "measure_model",
     "measure_scenario",
     "measure_seconds",
+    "measure_shown",
     "model_cards",
     "nano_checkpoint",
     "nearly_done",
     "notes_tables",
     "overlap_table",
     "paired_table",
+    "passes_table",
     "points",
     "published_table",
     "rates_table",

@@ -196,10 +196,13 @@ def measure_logits(run, data: ImageSet, logits: Mapping[str, Tensor]) -> list[Ro
 def measure_images(run, method: str, model: nn.Module, data: ImageSet, x_adv: Tensor, attack: str, eps_255: float) -> Row:
     """Accuracy of `model` on `x_adv` [N, 3, H, W], copies of `data` that were made elsewhere, added to the run's card.
 
-    The verdict is a single forward pass: of a random model it is one draw. See `evaluate.images_row`.
+    The verdict is a single forward pass: of a random model it is one draw, the one of `evaluate.for_images` where the model
+    can be keyed. See `evaluate.images_row`.
     """
+    parts = torch.arange(len(data)).split(128)
     with torch.no_grad():
-        logits = torch.cat([model(part.to(run.device)).cpu() for part in x_adv.split(128)])
+        logits = [evaluate.for_images(model, data, i, run.seed)(x_adv[i].to(run.device)).cpu() for i in parts]
+    logits = torch.cat(logits)
     known = {"seed": run.seed, "weights_sha256": weights_sha256(model)}
     row = evaluate.images_row(logits, x_adv, data, method=method, attack=attack, eps_255=eps_255, **known)
     run.card.add([row])

@@ -9,19 +9,23 @@ from pathlib import Path
 from ..clip import ZeroShotCLIP
 from ..prompts import PromptSpec
 from ..runtime import UserError, asset, near_miss
-from . import capt, cba_fapt
+from . import a_tpt, capt, cba_fapt, test_time
 from .base import Defense, TrainingAttack
 from .checkpoints import load_change, read_facts, save_change
 from .finetuning import FARE, PMGAFT, FTAdv, FTClean, TeCoA
 from .prompt_files import KIND, load_prompts, prompt_facts, save_prompts
 from .prompt_tuning import RIVALS, LinearProbe
 from .prompting import Method, PromptTraining, PromptTuning, gradient_shares, scaled_spec
+from .recipe import Evidence, Passes, Recipe
+from .test_time import TestTime, TestTimeClassifier
 from .tga_zsr import PRESETS, TGAZSR, CompTGA, TGAConfig, VisionGuided
 from .training import FineTuning, Training
+from .ttc import TTC
 
 __all__ = [
-    "METHODS", "PRESETS", "PROMPT_METHODS", "Defense", "FineTuning", "Method", "PromptTraining", "PromptTuning", "TGAConfig",
-    "Training", "TrainingAttack", "build", "build_prompts", "gradient_shares", "load_defense", "names", "read_facts",
+    "METHODS", "PRESETS", "PROMPT_METHODS", "TEST_TIME", "TTC", "Defense", "Evidence", "FineTuning", "Method", "Passes",
+    "PromptTraining", "PromptTuning", "Recipe", "TGAConfig", "TestTime", "TestTimeClassifier", "Training", "TrainingAttack", "build",
+    "build_prompts", "build_test_time", "gradient_shares", "load_defense", "names", "read_facts",
     "save_change", "save_prompts", "search_results",
 ]  # fmt: skip
 
@@ -49,6 +53,8 @@ METHODS: dict[str, tuple[type[FineTuning], TGAConfig | None]] = {
 }
 # The prompt-tuned ones, each with the prompts, the style and the choices of its paper.
 PROMPT_METHODS: dict[str, Method] = {**RIVALS, **capt.METHODS, **cba_fapt.METHODS}
+# Those that train nothing and adapt to each image; None: no recipe, a class of its own.
+TEST_TIME: dict[str, Recipe | None] = {**test_time.METHODS, "TTC": None, **a_tpt.METHODS}
 
 
 def build(name: str, clip: ZeroShotCLIP, *, alpha: float = STRICT.alpha, beta: float = STRICT.beta) -> FineTuning:
@@ -78,15 +84,28 @@ def build_prompts(
     return method.kind(clip, spec, name, own, method.config if config is None else config, **options)
 
 
+def build_test_time(name: str, clip: ZeroShotCLIP, recipe: Recipe | None = None) -> TestTime | TTC:
+    """A defense at test time by name, in front of any CLIP, fine-tuned or not. recipe: another than the name's.
+
+    Raises UserError for a recipe that the tower cannot serve.
+    """
+    if recipe is None and name not in TEST_TIME:
+        raise UserError(f"unknown test-time defense {name!r}; {near_miss(name, TEST_TIME)}")
+    recipe = TEST_TIME[name] if recipe is None else recipe
+    return TTC(clip) if recipe is None else TestTime(clip, name, recipe)
+
+
 def names() -> tuple[str, ...]:
     """Names that `load_defense` takes: no defense, and every method of the book."""
-    return ("none", *METHODS, *PROMPT_METHODS)
+    return ("none", *METHODS, *PROMPT_METHODS, *TEST_TIME)
 
 
 def load_defense(name: str, clip: ZeroShotCLIP) -> Defense:
-    """A trained defense of `clip`: "none", a method with a bundled checkpoint, or the path of a checkpoint file."""
+    """A defense of `clip`: "none", a test-time one, one with a bundled checkpoint, or the path of a checkpoint file."""
     if name in ("none", "CLIP"):
         return Defense(clip)
+    if name in TEST_TIME:
+        return build_test_time(name, clip)
     path = Path(name)
     if path.suffix == ".safetensors":
         if not path.is_file():

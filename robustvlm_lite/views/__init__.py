@@ -8,6 +8,8 @@ Pillow would, and gradients flow through every step. Random numbers come from on
 from .augmix import AugMix, augmix
 from .base import KINDS, base_views, with_anchor
 from .entropy import entropy, lowest_entropy, marginal_entropy
+from .levels import straight_through, truncated
+from .mean_shift import mean_shift
 from .mixing import guided_mix, protected
 from .operations import OPERATIONS, amount
 from .weights import effective_views, neighbor_weights, tv_weights
@@ -24,8 +26,11 @@ __all__ = [
     "guided_mix",
     "lowest_entropy",
     "marginal_entropy",
+    "mean_shift",
     "neighbor_weights",
     "protected",
+    "straight_through",
+    "truncated",
     "tv_weights",
     "with_anchor",
 ]

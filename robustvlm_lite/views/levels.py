@@ -26,6 +26,11 @@ def to_levels(x: Tensor) -> Tensor:
     return straight_through(levels, levels.round())
 
 
+def truncated(x: Tensor) -> Tensor:
+    """Pixels in [0, 1] on the 8-bit grid, cut off and not rounded, as PIL's ToPILImage does; 8-bit images stay."""
+    return straight_through(x, ((255 * x + 1e-3).floor() / 255).to(x.dtype))
+
+
 def look_up(levels: Tensor, table: Tensor, slope: Tensor | float = 1.0) -> Tensor:
     """Each level of [M, 3, H, W] through its table [M, 3, 256], or [256] for all; `slope` is the gradient."""
     index = levels.detach().long().flatten(2)

@@ -20,7 +20,7 @@ LAYERS = (
 LAYER = {room: n for n, rooms in enumerate(LAYERS) for room in rooms}
 HOMES = {"open_clip": "clip", "torchattacks": "attacks"}  # outside package -> the one room that imports it
 # what a paper's module may import of its own room
-SHARED_DEFENSES = ("base", "training", "checkpoints", "terms", "prompting", "prompt_files")
+SHARED_DEFENSES = ("base", "training", "checkpoints", "terms", "prompting", "prompt_files", "keyed", "recipe", "view_making")
 MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS = 300, 70, 12
 UNFINISHED = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|XX" + r"X)\b|NotImplemented" + r"Error|except[^:\n]*:\s*pass\b")
 

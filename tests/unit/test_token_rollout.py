@@ -317,9 +317,11 @@ def test_a_resnet_is_guided_too(resnet, wide, form):
     if form == "released":  # enlarged, less 0.2, relative to the highest, squared
         grid = own[0, 0].view(4, 4)
         big = F.interpolate(((grid - grid.min()) / (grid.max() - grid.min()))[None, None], (128, 128), mode="bilinear")
-        assert torch.allclose(pixels[0, 0], (((big - 0.2) / (big - 0.2).max()).clamp(0))[0, 0] ** 2, atol=1e-6)
+        assert torch.allclose(pixels[0, 0], (((big - 0.2) / (big - 0.2).max()).clamp(0))[0, 0] ** 2, atol=1e-4)
     else:
-        assert torch.equal(pixels, attention.upsample(attention.minmax(own, 1e-8), 128))
+        assert (pixels - attention.upsample(attention.minmax(own, 1e-8), 128)).abs().max() <= 2**-17 + 1e-9
+        column = pixels[0, 0, -16:, 0]  # half a cell from the lower edge, which interpolation repeats
+        assert (column == column[0]).all(), "equal pixels are equal, whatever their weights round to"
 
 
 # --- total variation

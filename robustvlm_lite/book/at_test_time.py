@@ -1,0 +1,98 @@
+"""What the chapter on defenses at test time repeats: images made once and shown to everyone, fresh draws, passes and seconds."""
+
+import time
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .. import attention, evaluate
+from ..attacks import Attack
+from ..data import ImageSet
+from ..records import Row
+from ..threat import ThreatModel, audit, to_8bit
+from .markup import Html, table
+from .measure import measure_images, measure_maps
+
+
+def craft(run, attack: Attack, surface: nn.Module, data: ImageSet, eps_255: float, name: str = "", batch: int = 32) -> Tensor:
+    """Attacked images [N, 3, S, S] of all of `data`, audited, on the 8-bit grid and inside the budget; on the CPU.
+
+    surface: what the attacker differentiates. name: of what is attacked, where the attack's own name does not say it; all
+    random numbers depend on it.
+    """
+    threat, parts = ThreatModel(eps_255), []
+    for index in torch.arange(len(data)).split(batch):
+        x, y = data.pixels(index).to(run.device), data.labels[index].to(run.device)
+        keys = [(run.seed, data.name, name or attack.name, eps_255, int(i)) for i in index]
+        seen = surface.streaming(keys) if hasattr(surface, "streaming") else surface
+        x_adv = attack.run(seen, x, y, threat, keys)
+        audit(x, x_adv, threat)
+        parts.append(to_8bit(x_adv, x, threat).cpu())
+    return torch.cat(parts)
+
+
+def measure_shown(
+    run, models: Mapping[str, nn.Module], data: ImageSet, shown: Mapping[str, Tensor], eps_255: float
+) -> tuple[list[Row], dict[str, float]]:
+    """(rows, seconds an image of the first set) of every model on images that were made elsewhere; rows go into the card.
+
+    shown: attack -> images [N, 3, S, S] of `data`; "none" are the clean ones.
+    """
+    rows, seconds = [], {}
+    for method, model in models.items():
+        for attack, images in shown.items():
+            began = time.perf_counter()
+            rows.append(measure_images(run, method, model, data, images, attack, 0.0 if attack == "none" else eps_255))
+            seconds.setdefault(method, (time.perf_counter() - began) / len(data))
+    return rows, seconds
+
+
+def always_right(run, model: nn.Module, data: ImageSet, draws: int) -> float:
+    """Share of clean images that a random model names rightly in each of `draws` fresh draws: what chance alone takes."""
+    right = torch.ones(len(data), dtype=torch.bool)
+    for k in range(draws):
+        keys = [(run.seed, data.name, "fresh", k, i) for i in range(len(data))]
+        with torch.no_grad():
+            answer = model.keyed(keys)(data.pixels().to(run.device)).argmax(dim=1).cpu()
+        right &= answer == data.labels
+    return right.float().mean().item()
+
+
+def passes_table(run, models: Mapping[str, nn.Module], data: ImageSet, seconds: Mapping[str, float], *, caption: str) -> Html:
+    """Passes of an image through both towers, counted on four images, and seconds; models without a counter take one pass."""
+    lines = []
+    for method, model in models.items():
+        passes = [1, 0, 0, 0]
+        if hasattr(model, "passes"):
+            before = list(vars(model.passes).values())
+            with torch.no_grad():
+                evaluate.for_images(model, data, range(4), run.seed)(data.pixels(slice(0, 4)).to(run.device))
+            passes = [(b - a) / 4 for a, b in zip(before, vars(model.passes).values(), strict=True)]
+        heads = ("image passes", "backward", "class texts", "backward, text")
+        counts = {head: f"{p:.0f}" for head, p in zip(heads, passes, strict=True)}
+        lines.append({"method": method} | counts | {"s an image": f"{seconds[method]:.3f}"})
+    return table(lines, caption=caption)
+
+
+def maps_table(
+    run, data: ImageSet, maps: Mapping[str, tuple[Tensor, Tensor]], prior: Tensor, attack: str, eps_255: float, *, r: float, caption: str
+) -> tuple[dict[str, float], Html]:
+    """({glue name: value}, table) of maps on clean and attacked scenes against exact masks and a center prior.
+
+    maps: name -> (clean, attacked), each [N, patches]. Of its top share r, a map and its attacked self share a part.
+    """
+    clean = {"center prior": prior} | {name: pair[0] for name, pair in maps.items()}
+    rows = measure_maps(run, "CLIP", data, clean, "none", 0.0, against="center prior")
+    moved = {row.extra["map"]: row for row in measure_maps(run, "CLIP", data, {k: p[1] for k, p in maps.items()}, attack, eps_255)}
+    facts, lines = {"iou-prior": rows[0].value}, []
+    for row in rows:
+        name, line = row.extra["map"], {"map": row.extra["map"], "IoU, clean": f"{row.value:.3f}"}
+        line |= {"95 % interval": f"{row.ci95[0]:.3f} to {row.ci95[1]:.3f}", "IoU, attacked": "same", "kept": "all"}
+        if name in maps:
+            top = [m > m.quantile(1 - r, dim=1, keepdim=True) for m in maps[name]]
+            kept = attention.iou(*top).mean().item()
+            line |= {"IoU, attacked": f"{moved[name].value:.3f}", "kept": f"{kept:.2f}"}
+            facts |= {f"iou-{name}": row.value, f"iou-adv-{name}": moved[name].value, f"kept-{name}": kept}
+        lines.append(line)
+    return facts, table(lines, caption=caption)
