@@ -1,12 +1,13 @@
 """What a chapter's notebook calls: start and footer, figures, tables, glued numbers, and exercises that answer back."""
 
-from .bundled import known_table, learning_curves, making_table, model_cards, nearly_done, notes_tables, overlap_table
+from .bundled import known_table, learning_curves, least_seconds, making_table, model_cards, nearly_done, notes_tables
 from .markup import Html, table
 from .measure import (
     batched,
     committed_card,
     defended,
     images,
+    logits_of,
     map_facts,
     measure,
     measure_images,
@@ -28,6 +29,7 @@ from .tables import (
     rates_table,
     sanity_table,
     sets_table,
+    told,
 )
 from .tuning import backbone, marked, measure_scenario, scenario_table, tune
 
@@ -46,6 +48,8 @@ __all__ = [
     "images",
     "known_table",
     "learning_curves",
+    "least_seconds",
+    "logits_of",
     "making_table",
     "map_facts",
     "marked",
@@ -60,7 +64,6 @@ __all__ = [
     "nano_checkpoint",
     "nearly_done",
     "notes_tables",
-    "overlap_table",
     "paired_table",
     "points",
     "published_table",
@@ -71,6 +74,7 @@ __all__ = [
     "show",
     "start",
     "table",
+    "told",
     "training_cost",
     "tune",
 ]

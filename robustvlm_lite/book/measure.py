@@ -185,6 +185,11 @@ def batched(run, function: Callable[[Tensor], Tensor], data: ImageSet, size: int
     return torch.cat([function(x).cpu() for x in parts])
 
 
+def logits_of(clip: ZeroShotCLIP, features: Tensor, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
+    """Logits [N, C] on the CPU of image features [N, D] that are there already, under any names and templates."""
+    return clip.logit_scale.cpu() * features.cpu() @ clip.text_features(class_names, templates).cpu().T
+
+
 def measure_logits(run, data: ImageSet, logits: Mapping[str, Tensor]) -> list[Row]:
     """Clean accuracy of logits [N, C] by the name of what made them, added to the run's card."""
     known = {"seed": run.seed, "weights_sha256": run.load_clip().weights_sha256}
