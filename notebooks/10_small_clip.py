@@ -796,7 +796,9 @@ for memory in book.notes_tables("memory"):
 
 # %% [markdown]
 # The training of `nano` shared its machine ({glue:text}`machine`) with other work for a part of the time, which is why the
-# table above names two durations. By default two processes of one
+# table above names two durations.
+#
+# By default two processes of one
 # thread each average their gradients, which is faster on two cores than one process of two threads. Both grow while they
 # train. Where memory is short, stop them and give the command again.
 #
