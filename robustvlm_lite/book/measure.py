@@ -198,13 +198,16 @@ def measure_logits(run, data: ImageSet, logits: Mapping[str, Tensor]) -> list[Ro
     return rows
 
 
-def measure_images(run, method: str, model: nn.Module, data: ImageSet, x_adv: Tensor, attack: str, eps_255: float) -> Row:
+def measure_images(
+    run, method: str, model: nn.Module, data: ImageSet, x_adv: Tensor, attack: str, eps_255: float, *, batch: int = 128
+) -> Row:
     """Accuracy of `model` on `x_adv` [N, 3, H, W], copies of `data` that were made elsewhere, added to the run's card.
 
-    The verdict is a single forward pass: of a random model it is one draw. See `evaluate.images_row`.
+    The verdict is a single forward pass: of a random model it is one draw, for each `batch` of images anew. See
+    `evaluate.images_row`.
     """
     with torch.no_grad():
-        logits = torch.cat([model(part.to(run.device)).cpu() for part in x_adv.split(128)])
+        logits = torch.cat([model(part.to(run.device)).cpu() for part in x_adv.split(batch)])
     known = {"seed": run.seed, "weights_sha256": weights_sha256(model)}
     row = evaluate.images_row(logits, x_adv, data, method=method, attack=attack, eps_255=eps_255, **known)
     run.card.add([row])
