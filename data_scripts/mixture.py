@@ -12,7 +12,6 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -157,7 +156,7 @@ class Mixture:
         self.shares = torch.tensor([SHARES[p.name][0] for p in self.packs])
         files = sorted(f for p in self.packs for f in (root / p.name).glob("train-*.parquet"))
         self.data_sha256 = {f"{f.parent.name}/{f.name}": sha256(f) for f in files}
-        self.n_images = sum(pq.read_metadata(f).num_rows for f in files)
+        self.facts = {p.name: {"share": SHARES[p.name][0], "train_images": len(p.train)} for p in self.packs}
 
     def candidates(
         self, target: Tensor, n_classes: int, g: torch.Generator, pool: list[int] | None = None

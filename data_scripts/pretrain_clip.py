@@ -223,7 +223,8 @@ def export(run: Pretraining) -> None:
     made = {
         "recipe": asdict(recipe),
         "images_seen": recipe.steps * recipe.batch * recipe.procs,
-        "train_images": run.mixture.n_images,
+        "train_images": sum(pack["train_images"] for pack in run.mixture.facts.values()),
+        "packs": run.mixture.facts,
         "wall_s": round(run.seconds, 1),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}" if on_cpu else torch.cuda.get_device_name(),
         "versions": versions(),

@@ -26,6 +26,7 @@
 # | Question | is there a picture within ε that the model names wrongly? |
 # | The attacker knows | weights and gradients (white box), answers alone (queries), or another model (transfer) |
 # | Tools | FGSM, PGD {cite}`madry2018pgd`, margin and targeted losses, momentum, AutoAttack {cite}`croce2020autoattack`, Square |
+# | `paper` profile | OpenAI's CLIP on 64-pixel photographs enlarged to 224; trained models stay `nano`'s, on shrunk ones |
 # | Cost | a step is one forward and one backward pass for each image |
 # | Found on this page | of {glue:text}`n` photographs the undefended model names {glue:text}`clean:.0f` percent; at ε = {glue:text}`eps`/255 noise leaves {glue:text}`left-noise:.0f`, one step {glue:text}`left-fgsm:.0f`, {glue:text}`pgd-name` {glue:text}`left-pgd:.0f`. A model trained against attacks keeps {glue:text}`hard-pgd:.0f` under {glue:text}`pgd-name` at twice that budget, {glue:text}`hard-worst:.0f` under all attacks together |
 
@@ -45,6 +46,7 @@ import sys
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 if importlib.util.find_spec("robustvlm_lite") is None:  # on Colab
     subprocess.run(["git", "clone", "-q", "https://github.com/robustvlm-lite/robustvlm_lite"], check=True)
@@ -53,7 +55,7 @@ if importlib.util.find_spec("robustvlm_lite") is None:  # on Colab
     subprocess.run(install, cwd="robustvlm_lite", check=True)
     sys.path.insert(0, "robustvlm_lite")
 
-from robustvlm_lite import attacks, book, evaluate, plots
+from robustvlm_lite import attacks, book, evaluate, plots, stats
 from robustvlm_lite.book import attack_exercises as exercises
 from robustvlm_lite.defenses import Defense
 from robustvlm_lite.runtime import generator
@@ -106,14 +108,13 @@ book.show(fig, "strip", alt="One photograph clean and attacked with growing budg
 # %% [markdown]
 # For this photograph the answer turns at {glue:text}`first-wrong`.
 #
-# The budget must be counted in pixels. A file stores 256 gray levels, so 1/255 is one level, and a change of less
-# than half a level does not survive saving. The `to_8bit` copy keeps the budget on the grid of levels.
+# The budget must be counted in pixels. A file stores 256 gray levels, so 1/255 is one level. The `to_8bit` copy keeps the
+# budget on the grid of levels, so a budget below one level leaves an 8-bit picture as it was.
 
 # %%
 levels = {e: 255 * (to_8bit(x_adv[None], one, ThreatModel(e)) - one).abs() for e, x_adv in zip(budgets, strip[1:], strict=True)}
 book.table([{"ε (1/255)": f"{e:g}", "values changed in the file": f"{100 * (v > 0.5).float().mean():.1f} %",
-             "largest change (levels)": f"{v.max():.0f}", "length of the change (ℓ2, in 1/255)": f"{255 * (d - one).norm():.0f}"}
-            for (e, v), d in zip(levels.items(), strip[1:], strict=True)],
+             "largest change (levels)": f"{v.max():.0f}", "length of the change (ℓ2, in 1/255)": f"{v.norm():.0f}"} for e, v in levels.items()],
            caption="The strip as 8-bit files.")  # fmt: skip
 
 # %% [markdown]
@@ -126,15 +127,15 @@ book.table([{"ε (1/255)": f"{e:g}", "values changed in the file": f"{100 * (v >
 #
 # *What counts as success?* Any wrong answer (untargeted), or one that the attacker chose (targeted).
 #
-# *What is known?* Each line of this table can find only what the lines above it could have found:
+# *What is known?* Who stands lower in this table has less, and can find only what the lines above could have found:
 #
 # | attacker | has | tools on this page |
 # |---|---|---|
 # | white box, adaptive | the whole defense with its gradients, and what it does at test time | any objective of one's own |
-# | white box | weights and gradients | FGSM, PGD, APGD, FAB |
+# | white box | weights and gradients | FGSM, PGD, APGD, FAB; a universal change, one for all images |
 # | queries | answers to pictures of one's choice | Square |
 # | transfer | another model | images made there |
-# | nothing | photographs of the same kind | a universal change, noise |
+# | nothing | the photograph | noise |
 #
 # In all of them the attacker looks for
 #
@@ -187,8 +188,8 @@ book.show(fig, "landscape", alt="Mean loss against distance along four curves: t
 # Over {glue:text}`far` gray levels the sign of the gradient raises the loss by {glue:text}`rise:.1f`, random signs of the same size by
 # {glue:text}`rise-noise:.2f`. That is the whole difference between an attack and noise.
 #
-# The plane promised {glue:text}`rise-plane:.1f`. Where curve and plane part, the gradient at $x$ has become stale: it says where to
-# start, not where to end. So take small steps, and ask again at each.
+# The plane promised {glue:text}`rise-plane:.1f`. Cross-entropy is flat where the model is sure, and steepens on the way; far
+# out it bends. So the slope at $x$ says little of how far one gets: take small steps, and ask again at each.
 #
 # The gradient itself, stretched to the same Euclidean length, raises the loss by {glue:text}`rise-l2:.1f`. It may, because it
 # breaks the budget of single pixels. Which direction is steepest depends on the ball.
@@ -200,8 +201,8 @@ book.show(fig, "landscape", alt="Mean loss against distance along four curves: t
 def my_fgsm(model, x, y, eps):
     """Fast gradient sign method: images [B, 3, H, W] and labels [B] -> x_adv."""
     x = x.clone().requires_grad_()
-    F.cross_entropy(model(x), y).backward()
-    return (x + eps * x.grad.sign()).clamp(0, 1).detach()
+    (grad,) = torch.autograd.grad(F.cross_entropy(model(x), y), x)  # of the pixels alone, none for the weights
+    return (x + eps * grad.sign()).clamp(0, 1).detach()
 
 
 book.glue("far", f"{distances[-1]:g}")
@@ -244,7 +245,7 @@ differences = {name: float((mine - other).abs().max()) for name, other in {"torc
 for other in (torchs, package):
     same(mine, other, rtol=0, atol=1e-6)
 book.glue("apart", f"{max(differences.values()):.1g}")
-print(differences)
+print("; ".join(f"{name}: {apart:.1e}" for name, apart in differences.items()))
 
 # %% [markdown]
 # Three loops, one result: from the same start the largest difference of any pixel is {glue:text}`apart`. The book's `attacks.pgd` adds
@@ -289,13 +290,19 @@ book.show(plots.picture_rows({"change, stretched": torch.cat([one, *drawn])}, he
 # ## What steps and step size buy
 #
 # Two models answer. The *plain* one is CLIP. The *rippled* one adds a ripple to every pixel first: less than a gray level high, and
-# zero at whole gray levels, so that an 8-bit picture passes unchanged. It defends nothing. It only bends the loss, as defenses that hide
-# their gradient do.
+# zero at whole gray levels, so that an 8-bit picture passes unchanged, as the cell checks. It defends nothing. It only bends
+# the loss, as defenses that hide their gradient do.
+#
+# It is made against one attack: the ripple is as long as the step ε (or a whole part of it), so such a step always lands on
+# the same phase.
 
 
 # %%
-def rippled(model, period=2, height=2.0):
-    """The model behind a ripple of `period` gray levels; its slope turns the sign of gradients in places."""
+ripple = min(2, eps_255)
+
+
+def rippled(model, period=ripple, height=2.0):
+    """The model behind a ripple of `period` gray levels, 2 or a whole part of it; its slope turns gradients' signs in places."""
     w = 2 * torch.pi * 255 / period
     return lambda x: model(x - height * (w * x).sin() / w)
 
@@ -315,6 +322,10 @@ def right_by_step(source, step_255, n_steps, key="steps"):
 
 
 # %%
+with torch.no_grad():
+    whole = to_8bit(pgd.run(surface, few, few_y, threat, few_keys), few, threat)
+    if (2 / ripple).is_integer():  # else the ripple is not zero at every level
+        same(rippled(model)(whole), model(whole), rtol=0, atol=0.01)
 sources, shares, figs = {"plain": surface, "rippled": rippled(surface)}, {"ε": 1, "ε/4": 4, "ε/16": 16}, []
 for kind, source in sources.items():
     by_step = {name: right_by_step(source, eps_255 / k, sizes.n_steps) for name, k in shares.items()}
@@ -335,7 +346,7 @@ book.show(figs, "steps", alt="Accuracy falling over attack steps for three step 
 # the middle of the ball to its surface.
 #
 # On the rippled model the three leave {glue:text}`rippled-ε:.0f`, {glue:text}`rippled-ε-4:.0f` and
-# {glue:text}`rippled-ε-16:.0f`. What it keeps above the plain model is no robustness: every 8-bit picture that fools the one fools the other.
+# {glue:text}`rippled-ε-16:.0f`. What it keeps above the plain model is no robustness: to both, every 8-bit picture is the same.
 #
 # *The best iterate.* With a step of ε the rippled model returns from wrong to right {glue:text}`rippled-returns` times. The last iterate leaves
 # {glue:text}`rippled-ε:.0f` percent, the worst so far {glue:text}`rippled-ε-best:.0f`. Keeping the best costs one more forward pass.
@@ -351,8 +362,11 @@ short, figs = 3, []
 spent = [short * (r + 1) for r in range(sizes.restarts)]
 for kind, source in sources.items():
     tries = [right_by_step(source, eps_255 / 4, short, key=("restart", r)) for r in range(sizes.restarts)]
-    restarted = torch.stack([seen.all(0) for seen in tries]).cumprod(0).float().mean(1).tolist()
-    single = right_by_step(source, eps_255 / 4, spent[-1]).cumprod(0).float().mean(1)[spent].tolist()
+    kept = torch.stack([seen.all(0) for seen in tries]).cumprod(0).bool()
+    long_run = right_by_step(source, eps_255 / 4, spent[-1]).cumprod(0).bool()
+    restarted, single = kept.float().mean(1).tolist(), long_run.float().mean(1)[spent].tolist()
+    for name, value in {"by-restarts": kept[-1], "by-steps": long_run[-1]}.items():
+        book.glue(f"{kind}-{name}", book.told(stats.paired_shares(value.cpu(), kept[0].cpu())))
     curves = {"restarts of three": (spent, restarted), "one long run": (spent, single)}
     figs.append(plots.convergence(curves, quantity=f"{kind}: still right (%)", steps="gradient steps spent", percent=True))
     for name, value in {"first": restarted[0], "restarted": restarted[-1], "long": single[-1]}.items():
@@ -363,9 +377,13 @@ book.show(figs, "restarts", alt="Accuracy against the number of gradient steps s
           caption=f"The same number of gradients as restarts or as one run, an image lost at any iterate; step ε/4, ε = {eps_255:g}/255, n = {len(x)}.")  # fmt: skip
 
 # %% [markdown]
-# {glue:text}`restarts` starts take the three-step attack from {glue:text}`plain-first:.0f` to {glue:text}`plain-restarted:.0f` percent on the plain
-# model, and from {glue:text}`rippled-first:.0f` to {glue:text}`rippled-restarted:.0f` on the rippled one. One run with the same gradients reaches
-# {glue:text}`plain-long:.0f` and {glue:text}`rippled-long:.0f`.
+# What {glue:text}`restarts` starts add to one of three steps: on the plain model {glue:text}`plain-by-restarts`, on the rippled one
+# {glue:text}`rippled-by-restarts`. What the same gradients add in one run: {glue:text}`plain-by-steps` and
+# {glue:text}`rippled-by-steps`.
+#
+# The three-step attack leaves {glue:text}`plain-first:.0f` and {glue:text}`rippled-first:.0f` percent, its restarts
+# {glue:text}`plain-restarted:.0f` and {glue:text}`rippled-restarted:.0f`, the long run {glue:text}`plain-long:.0f` and
+# {glue:text}`rippled-long:.0f`.
 #
 # Restarts guard against an unlucky start, not against an unfinished attack. So first take steps until the curve is flat, then
 # restart. Where restarts keep winning, one start was not enough for a verdict; where they change nothing, spend the
@@ -427,7 +445,7 @@ measured = book.measure_model(run, "TeCoA", judge, source, photos, [(attack, har
 clean, *found = [row for row in measured if row.metric != "robust_acc_8bit"]
 at = {row.attack: row for row in found}
 main, worst = at[pgd.name], evaluate.worst_case(found)
-run.card.add(worst)
+_ = run.card.add(worst)
 
 # %%
 passes = {"forwards": lambda r: f"{r.image_forwards / r.n:.1f}", "backwards": lambda r: f"{r.image_backwards / r.n:.1f}"}
@@ -458,32 +476,34 @@ parts = [name for name in sizes.attacks if name.startswith(("apgd", "fab", "squa
 margins = next(name for name in at if name.startswith("cw"))
 order = ["fgsm", pgd.name, margins, targeted.name, *parts]
 right_under = {name: torch.from_numpy(evaluate.column(at[name].records, "correct")) for name in order}
-alone = [right_under[name].float().mean().item() for name in order]
 together = torch.stack(list(right_under.values())).cumprod(0).float().mean(1).tolist()
 others = {name: torch.stack([v for k, v in right_under.items() if k != name]).all(0) for name in order}
 only = {name: int((others[name] & ~right_under[name]).sum()) for name in order}
-book.glue("only", "; ".join(f"{name} {k}" for name, k in only.items() if k) or "none")
+turned = "; ".join(f"{name} {k}" for name, k in only.items() if k)
+nothing = "none. On a defense that masks its gradient that will differ"
+book.glue("only", turned or nothing)
+book.glue("worst-gain", book.told(evaluate.paired(worst.records, main.records)))
 
 # %%
-figs = [plots.convergence({"alone": alone, "worst case so far": together}, quantity="left (%)", steps="", percent=True, names=order)]
+figs = [plots.convergence({"worst case so far": together}, quantity="left (%)", steps="", percent=True, names=order)]
 points = {name: ((r.image_forwards + r.image_backwards) / r.n, r.value, *r.ci95) for name, r in at.items() if r.image_forwards}
 figs.append(plots.cost_scatter(points, cost="passes for an image", quantity="left (%)", log=True))
-book.show(figs, "worst", alt="Left, accuracy under each attack alone and under the worst case of all attacks so far. Right, accuracy against the number of passes an attack spends",
-          caption=f"Left: each attack alone, and the worst case per image over it and all before. Right: what an attack leaves against its forward and backward passes, 95 % intervals. {photos.name}, TeCoA, ε = {hard.eps_255:g}/255.")  # fmt: skip
+book.show(figs, "worst", alt="Left, accuracy under the worst case of all attacks so far, as one after the other is added. Right, accuracy against the number of passes an attack spends",
+          caption=f"Left: the worst case per image over an attack and all before it; what each leaves alone stands in the table above. Right: what an attack leaves against its forward and backward passes, 95 % intervals; noise asks no model and has no price. {photos.name}, TeCoA, ε = {hard.eps_255:g}/255.")  # fmt: skip
 
 # %% [markdown]
 # The worst case counts an image as lost if *any* attack turns it, and it is taken image by image. PGD on cross-entropy leaves
-# {glue:text}`hard-pgd:.0f` percent, on the margin {glue:text}`hard-margin:.0f`, all attacks together {glue:text}`hard-worst:.0f`.
-# The smallest accuracy of a table is the worst case only if one attack turns whatever the others turn.
+# {glue:text}`hard-pgd:.0f` percent, on the margin {glue:text}`hard-margin:.0f`, all attacks together {glue:text}`hard-worst:.0f`:
+# against PGD alone {glue:text}`worst-gain`. The smallest accuracy of a table is the worst case only if one attack turns whatever the others turn.
 #
-# Photographs that one attack alone turned: {glue:text}`only`. Nobody knows beforehand which attack will see through a defense.
-# An attacker would run all of them, and so must an evaluation.
+# Photographs that one attack alone turned: {glue:text}`only`. Nobody knows beforehand which attack will see through a
+# defense, so an evaluation runs several.
 #
 # ## Three controls
 #
 # *Noise* of the same size has no direction. A *universal* perturbation is one δ for all images, found on training
-# photographs {cite}`moosavi2017universal`; here by PGD on their mean loss. A *transferred* attack was made on another model. None may do more than an attack on
-# the image and model themselves.
+# photographs {cite}`moosavi2017universal`; here by PGD on their mean loss, with the attacked model's own gradients. A
+# *transferred* attack was made on another model. None may do more than an attack on the image and model themselves.
 
 
 # %%
@@ -518,7 +538,7 @@ book.show(fig, "curves", alt="Accuracy of the undefended model against the budge
 # ## Transfer
 #
 # Images made on one model are shown to another. The diagonal is the white box. Off it, the attacker did not know the
-# model.
+# model. TeCoA and TGA-ZSR are fine-tunings of the attacked model, the easiest sources and targets there are.
 
 # %%
 models = {"CLIP": (model, surface)} | {name: book.nano_checkpoint(run, name, photos) for name in sizes.others}
@@ -567,8 +587,22 @@ for name, value in known.items():
 #
 # It stays an upper bound on what stands: no list of attacks proves that none is missing.
 #
-# In your own code: `attacks.get_attack("pgd-20x5").run(model, x, y, ThreatModel(2), keys)`, for any module from pixels to
-# logits; `attacks.pgd(objective, x, threat, ...)` for any objective of your own.
+# In your own code, for any module from pixels in [0, 1] to logits (`attacks.pgd(objective, x, threat, ...)` takes any
+# objective of your own):
+
+# %%
+from robustvlm_lite import attacks  # noqa: E402
+from robustvlm_lite.threat import ThreatModel, audit  # noqa: E402
+
+images, answers, network = few, few_y, model  # yours: [B, 3, H, W] in [0, 1], int64 labels, a module
+own_keys = [("my attack", i) for i in range(len(images))]  # one an image: all of its randomness comes from it
+attacked = attacks.get_attack("pgd-20x2").run(network, images, answers, ThreatModel(eps_255), own_keys)
+print(audit(images, attacked, ThreatModel(eps_255)))
+with torch.no_grad():
+    print(f"{int((network(attacked).argmax(1) == answers).sum())} of {len(images)} answers are left")
+
+# %% [markdown]
+# A run costs the passes of the table above, in time as in money; memory is that of one batch with its gradient.
 #
 # ## Exercises
 #
@@ -603,12 +637,23 @@ def best_gain(g, eps, norm):
 exercises.check_best_gain(best_gain)
 
 # %% [markdown]
-# **3 (open).** Beat cross-entropy at ten steps. Write `my_objective(model, y)`, which returns a function from images to
+# **3 (open).** Beat cross-entropy at ten steps on the logits times 16. Write `my_objective(model, y)`, which returns a function from images to
 # one value each. Ideas: divide the logits by a temperature, sum the margins to several classes, or attack the features.
 # What would show that a gain is not luck?
 
 
 # %% tags=["hide-input"] jupyter={"source_hidden": true} cellView="form"
+class Times(nn.Module):
+    """Logits times a factor: the same answers."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, z):
+        return self.factor * z
+
+
 def my_objective(model, y):
     """Logits relative to their spread: the margin in units that no scale of the model can flatten."""
 
@@ -621,15 +666,16 @@ def my_objective(model, y):
     return values
 
 
-exercises.check_objective(my_objective, surface, photos.take(range(min(48, len(photos)))), eps_255=eps_255)
+loud = nn.Sequential(surface, Times(16))
+exercises.check_objective(my_objective, loud, photos.take(range(min(48, len(photos)))), eps_255=eps_255)
 
 # %% [markdown]
 # ## Takeaways
 #
 # - An attack is a search. One step leaves {glue:text}`left-fgsm:.0f` percent, {glue:text}`pgd-name` {glue:text}`left-pgd:.0f`; noise
 #   of that size leaves {glue:text}`left-noise:.0f`.
-# - Attacks turn different images. A trained model keeps {glue:text}`hard-pgd:.0f` percent under {glue:text}`pgd-name` and
-#   {glue:text}`hard-worst:.0f` in the worst case.
+# - Take the worst case image by image. A trained model keeps {glue:text}`hard-pgd:.0f` percent under {glue:text}`pgd-name` and
+#   {glue:text}`hard-worst:.0f` in the worst case: {glue:text}`worst-gain`.
 # - PGD is ten lines. What makes a verdict of it is around them: budget, steps, restarts, losses, worst case.
 # - A bent loss or a large logit scale looks like robustness under the wrong attack: at {glue:text}`factor` times the scale cross-entropy leaves
 #   {glue:text}`scaled-cross-entropy:.0f` percent, the margin {glue:text}`scaled-margin:.0f`.

@@ -417,7 +417,7 @@ for name, curve in curves.items():
     diffs = {m: evaluate.paired(at[m, gone].records, at["CLIP", gone].records) for m in CURVES[1:]}
     figs.append(plots.paired_bars(diffs, reference=f"CLIP at ε = {gone:g}/255", title=name))
 book.show(figs, "against-clip", alt="Paired differences in robust accuracy to the undefended model, one bar a method, one panel a dataset",
-          caption=f"{pgd.label} where the undefended model has lost: difference to it on the same images, 95 % paired bootstrap.")  # fmt: skip
+          caption=f"{pgd.label} where the undefended model has lost: difference to it on the same images, 95 % paired interval.")  # fmt: skip
 
 # %% [markdown]
 # A curve that rose, or stayed up at a budget that can redraw the image, would mean a masked gradient, not a robust
@@ -499,7 +499,7 @@ book.glue("far-over-tecoa", book.compared(evaluate.paired(far_tga, on_far["TeCoA
 book.glue("far-over-clip", book.compared(evaluate.paired(far_tga, on_far["CLIP"].records)))
 book.glue("pgd-CLIP", 100 * next(r.value for r in rows if r.records is on_photos["CLIP"]))
 book.show(fig, "paired", alt="Paired differences in robust accuracy to TeCoA with their intervals, one bar a method, zero line drawn",
-          caption=f"{photos.name}, {pgd.label}, ε = {eps_255:g}/255: difference to TeCoA on the same images, 95 % paired bootstrap.")  # fmt: skip
+          caption=f"{photos.name}, {pgd.label}, ε = {eps_255:g}/255: difference to TeCoA on the same images, 95 % paired interval.")  # fmt: skip
 
 # %% [markdown]
 # Three things to look for in the table of attacks. The worst case counts an image as lost if *any* attack flips it, so it

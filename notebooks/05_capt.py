@@ -366,7 +366,7 @@ figs = [
 book.glue("over-trades", book.compared(evaluate.paired(at["CAPT"].records, at["TRADES"].records)))
 book.glue("over-hep", book.compared(evaluate.paired(at["CAPT"].records, at["HEP"].records)))
 book.show(figs, "paired", alt="Paired differences to hand-written prompts, clean and robust, one bar a method, zero line drawn",
-          caption=f"{task.name}, seed {main}: difference to hand-written prompts on the same images, 95 % paired bootstrap.")  # fmt: skip
+          caption=f"{task.name}, seed {main}: difference to hand-written prompts on the same images, 95 % paired interval.")  # fmt: skip
 
 # %% [markdown]
 # CAPT keeps {glue:text}`over-hep` hand-written prompts and {glue:text}`over-trades` TRADES under this attack, on the images

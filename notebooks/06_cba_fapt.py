@@ -400,7 +400,7 @@ over = {part: [at(part, "robust_acc")[m].records for m in ("CBA-FAPT", "CBA-FAPT
 book.glue("maps-new", book.compared(evaluate.paired(*over["new"][:2])))
 book.glue("maps-base", book.compared(evaluate.paired(*over["base"][:2])))
 book.show(figs, "paired", alt="Paired differences in robust accuracy to the loss without maps, one bar a method, base and new classes",
-          caption=f"{pgd.label}, ε = {eps_255:g}/255, seed {main}: difference to CE + 5 CE without maps on the same images, 95 % paired bootstrap.")  # fmt: skip
+          caption=f"{pgd.label}, ε = {eps_255:g}/255, seed {main}: difference to CE + 5 CE without maps on the same images, 95 % paired interval.")  # fmt: skip
 
 # %% [markdown]
 # The base here is CE + 5 CE. With maps the prompts keep {glue:text}`maps-base` the same loss without them on base classes and {glue:text}`maps-new` it on

@@ -395,7 +395,7 @@ figs = [plots.paired_bars({m: evaluate.paired(on[m, metric].records, on["R-TPT",
 book.glue("over-rtpt", book.compared(evaluate.paired(on["A-TPT", "robust_acc"].records, on["R-TPT", "robust_acc"].records)))
 book.glue("over-ensemble", book.compared(evaluate.paired(on["A-TPT", "robust_acc"].records, on["View ensemble", "robust_acc"].records)))
 book.show(figs, "paired", alt="Paired differences to R-TPT, clean and under the oblivious attack, one bar a method, zero line drawn",
-          caption=f"{task.name}: difference to R-TPT on the same images, 95 % paired bootstrap; {pgd.label}, ε = {eps_255:g}/255.")  # fmt: skip
+          caption=f"{task.name}: difference to R-TPT on the same images, 95 % paired interval; {pgd.label}, ε = {eps_255:g}/255.")  # fmt: skip
 
 # %% [markdown]
 # A-TPT keeps {glue:text}`over-rtpt` R-TPT and {glue:text}`over-ensemble` the ensemble.
@@ -425,7 +425,7 @@ book.glue("crops", 100 * changed["A-TPT, bases are crops"].value)
 display(book.accuracy_table([reference, *ablation], columns={"attacked": {"metric": "robust_acc"}}, caption=f"{task.name}: one choice changed at a time."))
 fig = plots.paired_bars({m.removeprefix("A-TPT, "): evaluate.paired(r.records, reference.records) for m, r in changed.items()}, reference="A-TPT")
 book.show(fig, "ablation", alt="Paired differences of ablated variants to A-TPT under the oblivious attack, one bar a variant",
-          caption=f"{task.name}: what each change does under {pgd.label} at ε = {eps_255:g}/255, 95 % paired bootstrap on the same images.")  # fmt: skip
+          caption=f"{task.name}: what each change does under {pgd.label} at ε = {eps_255:g}/255, 95 % paired interval on the same images.")  # fmt: skip
 
 # %% [markdown]
 # With its own mask A-TPT keeps {glue:text}`without-random mask` with a random one, {glue:text}`without-no step` without any step,
@@ -461,8 +461,11 @@ checks = sanity.battery(watched, task, surface=watched, eps_255=eps_255, n_steps
 book.sanity_table(checks)
 
 # %% [markdown]
-# The first check fails, and it should: called twice, a random defense answers twice differently. AutoAttack raises the same flag, and a second one for
-# optimization inside a forward pass. Both mean that a number from a standard attack is not a robustness yet.
+# The first two checks fail, and they should: called twice, or in another batch, a random defense without fixed draws answers differently. AutoAttack
+# raises the same flag, and a second one for optimization inside a forward pass. Both mean that a number from a standard attack is not a robustness yet.
+#
+# "Twice the steps" may fail as well. The battery's attack has few steps and meets other views in each, so it is far from the end
+# of what such an attack can reach. The ladder takes more steps, and says so.
 #
 # ## A ladder of attackers
 #

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from .data.imageset import ImageSet
 from .records import Cell, Row, Store, column, records_table
 from .runtime import UserError, eval_mode, weights_sha256
-from .stats import paired_bootstrap, wilson
+from .stats import paired_shares, wilson
 from .threat import audit, to_8bit
 
 
@@ -145,13 +145,13 @@ def worst_case(rows: Iterable[Row]) -> Row:
     return _row(cell, "robust_acc_worst", hashes, extra)
 
 
-def paired(records_a, records_b, *, seed: int = 0) -> tuple[float, float, float]:
-    """`(diff, lo, hi)` of accuracy a - accuracy b over the same images, from the records of two rows."""
+def paired(records_a, records_b) -> tuple[float, float, float]:
+    """`(diff, lo, hi)` of accuracy a - accuracy b over the same images, from the records of two rows (`paired_shares`)."""
     a, b = records_a.sort_by("index"), records_b.sort_by("index")
     for name in ("index", "label"):
         if not np.array_equal(column(a, name), column(b, name)):
             raise UserError(f"expected the same images on both sides, got {len(a)} and {len(b)} with unequal {name}")
-    return paired_bootstrap(column(a, "correct"), column(b, "correct"), seed=seed)
+    return paired_shares(column(a, "correct"), column(b, "correct"))
 
 
 class PassCounter:

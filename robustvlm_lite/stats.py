@@ -1,4 +1,4 @@
-"""Intervals and tests for accuracies: Wilson, (paired) bootstrap, McNemar, spread over seeds."""
+"""Intervals and tests for accuracies: Wilson, paired scores, (paired) bootstrap, McNemar, spread over seeds."""
 
 import math
 from statistics import NormalDist
@@ -41,6 +41,30 @@ def paired_bootstrap(
     groups = [delta[strata == name] for name in np.unique(strata)]
     means = np.mean([_resampled_means(group, rng, n_resamples) for group in groups], axis=0)
     return (float(np.mean([group.mean() for group in groups])), *_percentiles(means, level))
+
+
+def paired_shares(a, b, level: float = 0.95) -> tuple[float, float, float]:
+    """`(diff, lo, hi)` of share(a) - share(b) for verdicts `[n]` on the same examples: a score interval.
+
+    Wilson's intervals of both shares, squared and added with the correlation of the verdicts (Newcombe, 1998, paired data,
+    method 10). Where no verdict differs it still has a width, which resampling does not.
+    """
+    a, b = np.asarray(a, dtype=bool), np.asarray(b, dtype=bool)
+    if a.shape != b.shape or a.ndim != 1 or not len(a):
+        raise UserError(f"expected verdicts on the same examples, got {len(a)} and {len(b)}; compare equal subsets")
+    n, both, neither = len(a), int((a & b).sum()), int((~a & ~b).sum())
+    ones = [int(v.sum()) for v in (a, b)]
+    (low_a, high_a), (low_b, high_b) = (wilson(k, n, level) for k in ones)
+    p_a, p_b = (k / n for k in ones)
+    excess = both * neither - (ones[0] - both) * (ones[1] - both)
+    spread = math.sqrt(math.prod(k * (n - k) for k in ones))
+    phi = (max(excess - n / 2, 0) if excess > 0 else excess) / spread if spread else 0.0  # corrected for continuity
+
+    def reach(x: float, y: float) -> float:
+        return math.sqrt(max(0.0, x * x - 2 * phi * x * y + y * y))
+
+    diff = p_a - p_b
+    return diff, diff - reach(p_a - low_a, high_b - p_b), diff + reach(p_b - low_b, high_a - p_a)
 
 
 def mcnemar(a, b) -> float:

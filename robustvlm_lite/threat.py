@@ -167,6 +167,12 @@ class Audit:
     max: float
     changed: float
 
+    def __str__(self) -> str:
+        return (
+            f"{self.n} images, {self.changed:.0%} changed: at most {self.max_linf_255:.3g}/255 (ℓ∞), "
+            f"{self.max_l2_255:.3g}/255 (ℓ2); pixels in [{self.min:.3g}, {self.max:.3g}]; tolerance {TOLERANCE:g} pixels"
+        )
+
 
 def audit(x: torch.Tensor, x_adv: torch.Tensor, threat: ThreatModel) -> Audit:
     """Measure `x_adv` against the clean `x` (both [B, 3, H, W]) and the threat model.

@@ -15,7 +15,7 @@ def iou(a: Tensor, b: Tensor) -> Tensor:
 def map_iou(m: Tensor, masks: Tensor) -> Tensor:
     """Overlap [B] of a map [B, N] with object masks [B, H, W] (bool): the map's highest pixels, as many as the mask has."""
     pixels = upsample(m, masks.shape[-1]).flatten(1)
-    rank = pixels.argsort(dim=1, descending=True).argsort(dim=1)
+    rank = pixels.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # among equals the first
     chosen = rank < masks.sum((1, 2))[:, None]
     return iou(chosen.view(masks.shape), masks)
 

@@ -21,8 +21,8 @@ def text_map(tokens: Tensor, text: Tensor, token_norm: str = "feature_axis") -> 
     """Text-guided attention (TGA-ZSR, Eq. 5): patch tokens times the text feature, min-max normalized. [B, N].
 
     tokens [B, 1 + N, D] with CLS first; text [B, D], one feature an image. token_norm: "none" is the equation;
-    "feature_axis" divides each token by its own length, so that the map is a cosine; "token_axis" divides each channel
-    by its norm over all tokens, CLS included, as the released code does.
+    "feature_axis", the default, is its cosine form, in which each token is divided by its own length; "token_axis"
+    divides each channel by its norm over all tokens, CLS included, as the released code does.
     """
     if token_norm not in TOKEN_NORMS:
         raise UserError(f"unknown token_norm {token_norm!r}; {near_miss(token_norm, TOKEN_NORMS)}")
@@ -34,7 +34,10 @@ def text_map(tokens: Tensor, text: Tensor, token_norm: str = "feature_axis") -> 
 
 
 def complementary_map(tokens: Tensor, text: Tensor, text_not: Tensor, token_norm: str = "token_axis") -> Tensor:
-    """Comp-TGA: the map of "a photo of a dog" times one minus the map of "not a photo of a dog". [B, N]."""
+    """Comp-TGA: the map of "a photo of a dog" times one minus the map of "not a photo of a dog". [B, N].
+
+    Under the norm of its released code, unlike `text_map` by itself.
+    """
     return text_map(tokens, text, token_norm) * (1 - text_map(tokens, text_not, token_norm))
 
 
@@ -92,7 +95,10 @@ def cls_map(clip: ZeroShotCLIP, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def named_maps(clip: ZeroShotCLIP, x: Tensor, text: Tensor, mean_text: Tensor) -> dict[str, Tensor]:
-    """Every map of one image that the book compares, by name: x [B, 3, H, W], text [B, D], mean_text [D] -> [B, N] each."""
+    """Every map of one image that the book compares, by name: x [B, 3, H, W], text [B, D], mean_text [D] -> [B, N] each.
+
+    The one called Eq. 5 is its cosine form, the default of `text_map`.
+    """
     guided = text_map(clip.tokens(x), text)
     return {
         "text-guided (Eq. 5)": guided,

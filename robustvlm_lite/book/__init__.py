@@ -1,13 +1,14 @@
 """What a chapter's notebook calls: start and footer, figures, tables, glued numbers, and exercises that answer back."""
 
 from .at_test_time import always_right, craft, maps_table, measure_shown, passes_table
-from .bundled import known_table, learning_curves, making_table, model_cards, nearly_done, notes_tables, overlap_table
+from .bundled import known_table, learning_curves, least_seconds, making_table, model_cards, nearly_done, notes_tables
 from .markup import Html, table
 from .measure import (
     batched,
     committed_card,
     defended,
     images,
+    logits_of,
     map_facts,
     measure,
     measure_images,
@@ -29,6 +30,7 @@ from .tables import (
     rates_table,
     sanity_table,
     sets_table,
+    told,
 )
 from .tuning import backbone, marked, measure_scenario, scenario_table, tune
 
@@ -49,6 +51,8 @@ __all__ = [
     "images",
     "known_table",
     "learning_curves",
+    "least_seconds",
+    "logits_of",
     "making_table",
     "map_facts",
     "maps_table",
@@ -65,7 +69,6 @@ __all__ = [
     "nano_checkpoint",
     "nearly_done",
     "notes_tables",
-    "overlap_table",
     "paired_table",
     "passes_table",
     "points",
@@ -77,6 +80,7 @@ __all__ = [
     "show",
     "start",
     "table",
+    "told",
     "training_cost",
     "tune",
 ]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..attacks import cross_entropy, get_attack, pgd
 from ..data import ImageSet
 from ..runtime import UserError, generator
-from ..stats import paired_bootstrap
+from ..stats import paired_shares
 from ..threat import ThreatModel
 from .exercises import _call, _require_shape
 
@@ -90,9 +90,9 @@ def check_objective(fn: Callable, model: nn.Module, data: ImageSet, *, eps_255: 
         raise AssertionError(f"PGD cannot use your objective. {error}") from None
     theirs = attacked(cross_entropy(model, y))
     noise = right(get_attack("noise-corner").run(model, x, y, threat, starts))
-    diff, low, high = (100 * v for v in paired_bootstrap(mine, theirs))
+    diff, low, high = (100 * v for v in paired_shares(mine, theirs))
     told = f"cross-entropy leaves {100 * theirs.mean():.1f} %, yours {100 * mine.mean():.1f} %, noise {100 * noise.mean():.1f} %"
-    helps_the_model = paired_bootstrap(mine, noise)[1] > 0
+    helps_the_model = paired_shares(mine, noise)[1] > 0
     assert not helps_the_model, f"Your objective helps the model: {told}. PGD maximizes; check the sign."
     verdict = "stronger" if high < 0 else "weaker" if low > 0 else "no measurable difference"
     print(f"✓ {told} (n = {len(x)}, PGD-{n_steps}, ε = {eps_255:g}/255)")

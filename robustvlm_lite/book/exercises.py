@@ -14,7 +14,7 @@ from ..attention import gram, map_distance, text_map
 from ..clip import ZeroShotCLIP
 from ..data import ImageSet
 from ..runtime import UserError, generator
-from ..stats import paired_bootstrap
+from ..stats import paired_shares
 from ..threat import ThreatModel
 
 
@@ -219,11 +219,11 @@ def check_folded(fn: Callable, clip: ZeroShotCLIP) -> None:
     print(f"✓ plain pixels give the same patch vectors (largest difference {off:.1e} of the largest value)")
 
 
-def check_templates(templates, clip: ZeroShotCLIP, tried: ImageSet, held: ImageSet) -> None:
-    """Do the reader's templates beat the bare class name? Both are measured on `tried`, to choose by, and on `held`.
+def check_templates(templates, clip: ZeroShotCLIP, tried: ImageSet, held: ImageSet, *, final: bool = False) -> None:
+    """Do the reader's templates beat the bare class name? Measured on `tried`, to choose by; on `held` too if `final`.
 
-    templates: a list of texts with {} for the class name. Prints accuracies and the paired interval on `held`; no
-    verdict is wrong, an unusable list is.
+    templates: a list of texts with {} for the class name. Prints accuracies and a paired interval, on `held` if it was
+    looked at; no verdict is wrong, an unusable list is.
     """
     listed = isinstance(templates, list | tuple) and all(isinstance(t, str) for t in templates)
     assert listed and templates, (
@@ -234,7 +234,7 @@ def check_templates(templates, clip: ZeroShotCLIP, tried: ImageSet, held: ImageS
         f"{unfilled[0]!r}: the class name goes where {{}} stands, once; without it all classes read the same."
     )
     found = {}
-    for images in (tried, held):
+    for images in (tried, held) if final else (tried,):
         for name, texts in (("yours", templates), ("the bare name", ["{}"])):
             try:
                 model = clip.classifier(images.class_names, texts)
@@ -245,12 +245,13 @@ def check_templates(templates, clip: ZeroShotCLIP, tried: ImageSet, held: ImageS
                     [model(part.to(clip.device)).argmax(1).cpu() for part in images.pixels().split(128)]
                 )
             found[images.split, name] = (answers == images.labels).numpy()
-    diff, low, high = paired_bootstrap(found[held.split, "yours"], found[held.split, "the bare name"])
+    judged = held if final else tried
+    diff, low, high = paired_shares(found[judged.split, "yours"], found[judged.split, "the bare name"])
     told = "; ".join(f"{split}: {name} {100 * right.mean():.1f} %" for (split, name), right in found.items())
     verdict = "better" if low > 0 else "worse" if high < 0 else "no measurable difference"
     print(f"✓ {told}")
     print(
-        f"  on {held.split}: {100 * diff:+.1f} points [{100 * low:.1f}, {100 * high:.1f}], n = {len(held)}: {verdict}"
+        f"  on {judged.split}: {100 * diff:+.1f} points [{100 * low:.1f}, {100 * high:.1f}], n = {len(judged)}: {verdict}"
     )
 
 

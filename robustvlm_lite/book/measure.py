@@ -185,6 +185,11 @@ def batched(run, function: Callable[[Tensor], Tensor], data: ImageSet, size: int
     return torch.cat([function(x).cpu() for x in parts])
 
 
+def logits_of(clip: ZeroShotCLIP, features: Tensor, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
+    """Logits [N, C] on the CPU of image features [N, D] that are there already, under any names and templates."""
+    return clip.logit_scale.cpu() * features.cpu() @ clip.text_features(class_names, templates).cpu().T
+
+
 def measure_logits(run, data: ImageSet, logits: Mapping[str, Tensor]) -> list[Row]:
     """Clean accuracy of logits [N, C] by the name of what made them, added to the run's card."""
     known = {"seed": run.seed, "weights_sha256": run.load_clip().weights_sha256}
@@ -193,13 +198,15 @@ def measure_logits(run, data: ImageSet, logits: Mapping[str, Tensor]) -> list[Ro
     return rows
 
 
-def measure_images(run, method: str, model: nn.Module, data: ImageSet, x_adv: Tensor, attack: str, eps_255: float) -> Row:
+def measure_images(
+    run, method: str, model: nn.Module, data: ImageSet, x_adv: Tensor, attack: str, eps_255: float, *, batch: int = 128
+) -> Row:
     """Accuracy of `model` on `x_adv` [N, 3, H, W], copies of `data` that were made elsewhere, added to the run's card.
 
     The verdict is a single forward pass: of a random model it is one draw, the one of `evaluate.for_images` where the model
-    can be keyed. See `evaluate.images_row`.
+    can be keyed, and else one for each `batch` of images anew. See `evaluate.images_row`.
     """
-    parts = torch.arange(len(data)).split(128)
+    parts = torch.arange(len(data)).split(batch)
     with torch.no_grad():
         logits = [evaluate.for_images(model, data, i, run.seed)(x_adv[i].to(run.device)).cpu() for i in parts]
     logits = torch.cat(logits)

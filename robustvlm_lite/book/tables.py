@@ -154,6 +154,12 @@ def compared(diff: tuple[float, float, float]) -> str:
     return "more than" if low > 0 else "less than" if high < 0 else "not measurably more or less than"
 
 
+def told(diff: tuple[float, float, float]) -> str:
+    """A paired difference (diff, lo, hi) of fractions for {glue:text}: its size, and whether it can be told from none."""
+    value, rest = points(diff).split("\u00a0", 1)
+    return f"{value} points {rest}" + ("" if diff[1] > 0 or diff[2] < 0 else ", no measurable difference")
+
+
 def rates_table(searched: Mapping) -> Html:
     """The learning rates of a search (`defenses.search_results`): methods down, rates across, "clean / robust"."""
     lines: dict[str, dict] = {}

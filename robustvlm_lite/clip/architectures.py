@@ -91,8 +91,9 @@ def download(cfg: dict, what: str, mend: str) -> Path:
         with contextlib.redirect_stderr(io.StringIO()):
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0")
             return Path(open_clip().download_pretrained(cfg))
-    except Exception as error:  # the hub client raises many kinds; each means that the file is not here
-        raise UserError(f"{what} could not be had ({type(error).__name__}) without network: {mend}") from None
+    except Exception as error:  # the hub client raises many kinds: no network, no such file, no room on the disk
+        reason = (str(error).splitlines() or ["no reason given"])[0]
+        raise UserError(f"{what} could not be had ({type(error).__name__}: {reason}); without network: {mend}") from None
 
 
 def imagenet_names() -> tuple[str, ...]:

@@ -13,12 +13,15 @@ from ..runtime import UserError
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images (Radford et al. 2021)
 STD = (0.26862954, 0.26130258, 0.27577711)
+LEVELS = 10  # no normalization in use takes pixels so far; above are 8-bit levels
 
 
 class Classifier(nn.Module):
     """Zero-shot classifier: pixels [B, 3, H, W] in [0, 1] to float32 logits [B, C] for one list of classes.
 
-    precision: None computes in the weights' own type, torch.bfloat16 runs the image tower under autocast.
+    precision: None computes in the weights' own type, torch.bfloat16 runs the image tower under autocast. Pixels of 0 to
+    255 would be answered with half of the accuracy and no error: without gradients, where it costs little, they are refused.
+    Narrower mistakes are for `threat.check_images`; a front end may leave [0, 1] on purpose.
     """
 
     def __init__(self, clip: "ZeroShotCLIP", class_names: Sequence[str], templates: Sequence[str], precision=None):
@@ -28,6 +31,8 @@ class Classifier(nn.Module):
         self.register_buffer("text_features", clip.text_features(class_names, templates), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled() and x.numel() and x.amax() > LEVELS:
+            raise UserError(f"expected pixels in [0, 1], got values up to {x.amax():.0f}; divide 8-bit images by 255")
         return self.clip.logits(x, self.text_features, self.precision)
 
     def fast(self) -> "Classifier":
@@ -103,7 +108,7 @@ class ZeroShotCLIP(nn.Module):
     @torch.no_grad()
     def text_features(self, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
         """Unit text features [C, D]: the mean over templates of unit features, made unit again; computed once a key."""
-        key = (tuple(class_names), tuple(templates), str(self.device))
+        key = (tuple(class_names), tuple(templates), str(self.device), self._text_version())
         if not class_names or not templates or not all("{}" in t for t in templates):
             got = f"{len(class_names)} names and {list(templates)}"
             raise UserError(f"expected class names and templates with {{}} for the name, got {got}")
@@ -111,6 +116,10 @@ class ZeroShotCLIP(nn.Module):
             per_template = [self.encode_text([t.format(c) for c in class_names]) for t in templates]
             self._text_cache[key] = F.normalize(torch.stack(per_template).mean(0), dim=-1)
         return self._text_cache[key]
+
+    def _text_version(self) -> int:
+        """Counts what was written into the text tower: a tuned or loaded tower must not meet the features of the old one."""
+        return sum(p._version for name, p in self.model.named_parameters() if not name.startswith("visual."))
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """Unit text features [T, D] of whole sentences; a text longer than the context is refused, not cut."""

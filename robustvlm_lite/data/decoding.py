@@ -3,7 +3,7 @@
 import io
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..runtime import UserError
 
@@ -24,13 +24,27 @@ def square(image: Image.Image, size: int, zoom: float = 1.0, bicubic: bool = Fal
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
-def decode(data: bytes, size: int, where: str, zoom: float = 1.0, bicubic: bool = False) -> np.ndarray:
-    """`square` of an encoded image; UserError with `where` if it cannot be read."""
+def decode(
+    data: bytes, size: int, where: str, zoom: float = 1.0, bicubic: bool = False, *, own: bool = False
+) -> np.ndarray:
+    """`square` of an encoded image, `upright` if it is the reader's own; UserError with `where` if it cannot be read."""
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return square(image, size, zoom, bicubic)
+            return square(upright(image) if own else image, size, zoom, bicubic)
     except UNREADABLE as error:
         raise unreadable(error, f"{len(data or b'')} bytes at {where}") from None
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """An image as it was meant to be seen: turned as its EXIF tag says, transparent pixels on white.
+
+    For the reader's own images; published sets are read as their papers read them.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data and image.mode in ("LA", "La", "L", "P", "PA", "RGB", "RGBA", "RGBa"):
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image
 
 
 def unreadable(error: Exception, what: str) -> UserError:

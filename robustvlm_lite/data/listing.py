@@ -28,21 +28,23 @@ class Listing:
     where: Callable[[int], str]
     named: bool = False
 
-    def images(self, rows: Tensor, size: int, zoom: float = 1.0, bicubic: bool = False) -> Tensor:
-        """uint8 [len(rows), 3, size, size], in the order of `rows`; zoom and bicubic as `square` takes them.
+    def images(
+        self, rows: Tensor, size: int, zoom: float = 1.0, bicubic: bool = False, *, own: bool = False
+    ) -> Tensor:
+        """uint8 [len(rows), 3, size, size], in the order of `rows`; zoom, bicubic and own as `decode` takes them.
 
         Rows are decoded in the order of the files, which reads each Parquet row group once.
         """
         images = np.empty((len(rows), size, size, 3), dtype=np.uint8)
         for i in rows.argsort().tolist():
-            images[i] = self._square(int(rows[i]), size, zoom, bicubic)
+            images[i] = self._square(int(rows[i]), size, zoom, bicubic, own)
         return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
-    def _square(self, row: int, size: int, zoom: float, bicubic: bool) -> np.ndarray:
+    def _square(self, row: int, size: int, zoom: float, bicubic: bool, own: bool) -> np.ndarray:
         try:
             image = self.read(row)
             if not isinstance(image, Image.Image):
-                return decode(image, size, self.where(row), zoom, bicubic)
+                return decode(image, size, self.where(row), zoom, bicubic, own=own)
             with image:
                 return square(image, size, zoom, bicubic)
         except FileNotFoundError:

@@ -247,6 +247,14 @@ def test_cls_map_is_what_cls_attends_to(clip, x):
 # --- maps against masks
 
 
+def test_map_iou_takes_the_first_among_equals():
+    """A flat map has no order of its own: its region is the first pixels, as many as the mask has."""
+    flat, masks = torch.zeros(2, 64), torch.zeros(2, 64, 64, dtype=torch.bool)
+    masks[0, :10] = True  # the first 640 pixels
+    masks[1, -10:] = True
+    assert attention.map_iou(flat, masks).tolist() == [1.0, 0.0]
+
+
 def test_map_iou_on_hand_made_masks():
     mask = torch.zeros(1, 8, 8, dtype=torch.bool)
     mask[:, :4] = True  # the upper half

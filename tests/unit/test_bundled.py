@@ -19,6 +19,8 @@ def toy_card(**changed):
     card = {"recipe": recipe, "images_seen": 6_000_000, "train_images": 1234, "parameters": 5000, "bytes": 2**20}
     card |= {"wall_s": 3600.0, "machine": "2 cores, abacus"}
     card |= {"validation_curve": [{"step": s, "validation": dict(zip(names, v, strict=True))} for s, *v in curve]}
+    for point, side, seconds in zip(card["validation_curve"], (32, 64, 64), (100.0, 400.0, 700.0), strict=True):
+        point |= {"size": side, "seconds": seconds}
     card |= {"zero_shot": {"small/one": {"classes": 8, "n": 40, "accuracy": 0.5, "ci95": [0.35, 0.65]}}}
     return card | {"map_overlap": {"center prior": 0.4, "token_norm none": 0.3, "a map": 0.1234}} | changed
 
@@ -55,11 +57,20 @@ def test_a_curve_is_nearly_done_at_its_first_value_near_the_best():
 def test_making_table_has_a_column_a_model():
     html = book.making_table({"small": toy_card(), "large": toy_card(parameters=7_000_000, machine="a GPU")})
     assert cells(html, 0) == ["", "small", "large"]
-    lines = {line[0]: line[1:] for line in (cells(html, k) for k in range(1, 12))}
+    lines = {line[0]: line[1:] for line in (cells(html, k) for k in range(1, 13))}
     assert lines["parameters, both towers"] == ["5,000", "7,000,000"]
-    assert lines["took"] == ["60 minutes on 2 cores, abacus", "60 minutes on a GPU"]
+    assert lines["took, beside other work"] == ["1.0 hours on 2 cores, abacus", "1.0 hours on a GPU"]
     assert lines["image side by share of the steps"][0] == "40 % at 32, 60 % at 64 pixels"
     assert lines["steps"][0] == "30, 2 × 100 images each" and lines["images seen"][0] == "6.00 million"
+
+
+def test_least_seconds_takes_the_fastest_stretch_of_each_side():
+    curve = [(0, 8, 0), (10, 8, 100), (20, 8, 120), (30, 16, 1000), (40, 16, 1050), (50, 16, 1130)]
+    points = [{"step": step, "size": side, "seconds": seconds} for step, side, seconds in curve]
+    recipe = {"steps": 50, "sizes": [[8, 0.4], [16, 0.4], [32, 0.2]]}
+    card = {"recipe": recipe, "wall_s": 1500.0, "validation_curve": points}
+    # 20 steps of 2 s, 20 of 5 s; 10 at a side without a stretch take the run's mean of 30 s. 20 → 30 mixes two sides.
+    assert book.least_seconds(card) == pytest.approx(20 * 2 + 20 * 5 + 10 * 30)
 
 
 def test_known_table_has_chance_and_a_dash_where_a_model_was_not_measured():
@@ -70,12 +81,6 @@ def test_known_table_has_chance_and_a_dash_where_a_model_was_not_measured():
     first, second = "50.0\u00a0(35.0\u2060–\u206065.0)", "25.0\u00a0(10.0\u2060–\u206040.0)"
     assert cells(html, 1) == ["small/one", "8", "40", "12.5", first, second]
     assert cells(html, 2)[:5] == ["small/two", "2", "7", "50.0", "–"]
-
-
-def test_overlap_table_keeps_the_order_of_the_card_and_leaves_token_norms_out():
-    html = book.overlap_table({"a": toy_card()})
-    assert "token_norm" not in html
-    assert [cells(html, k) for k in (0, 1, 2)] == [["map", "a"], ["center prior", "0.400"], ["a map", "0.123"]]
 
 
 def test_notes_of_a_section_are_shown_as_written(folder):
@@ -101,5 +106,5 @@ def test_committed_notes_fit_their_columns_and_the_recipe_holds_what_won():
 def test_committed_cards_fill_every_table():
     cards = book.model_cards()
     assert "nano" in cards
-    for html in (book.making_table(cards), book.known_table(cards), book.overlap_table(cards)):
+    for html in (book.making_table(cards), book.known_table(cards)):
         assert all(name in cells(html, 0) for name in cards)

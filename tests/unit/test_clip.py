@@ -1,5 +1,7 @@
 """Features and logits against open_clip with torchvision's normalization."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -63,6 +65,29 @@ def test_text_is_encoded_once_for_each_key(random_clip, monkeypatch):
         assert random_clip.text_features(names, templates) is not first
     assert len(calls) == 4
     assert torch.equal(random_clip.text_features(("fish", "bird"), ("a {}",)), first.flip(0))
+
+
+def test_a_text_tower_that_was_written_to_is_asked_again(random_clip):
+    clip = copy.deepcopy(random_clip)
+    before = clip.text_features(NAMES, TEMPLATES)
+    with torch.no_grad():
+        clip.visual.class_embedding.add_(1.0)  # the image tower has no say
+    assert clip.text_features(NAMES, TEMPLATES) is before
+    with torch.no_grad():
+        clip.model.text_projection.add_(torch.randn(clip.model.text_projection.shape, generator=torch.Generator().manual_seed(0)))
+    tuned = clip.text_features(NAMES, TEMPLATES)
+    fresh = F.normalize(torch.stack([clip.encode_text([t.format(c) for c in NAMES]) for t in TEMPLATES]).mean(0), dim=1)
+    assert torch.allclose(tuned, fresh, atol=1e-5) and not torch.allclose(tuned, before, atol=1e-2)
+    clip.model.load_state_dict(random_clip.model.state_dict())
+    assert torch.allclose(clip.text_features(NAMES, TEMPLATES), before, atol=1e-5)
+
+
+def test_pixels_of_an_8_bit_range_are_refused(random_clip, images):
+    classify = random_clip.classifier(NAMES, TEMPLATES)
+    with torch.no_grad(), pytest.raises(UserError, match=r"^expected pixels in \[0, 1\], got values up to 255; [^\n]+$"):
+        classify(torch.full_like(images, 255.0))
+    with torch.no_grad():
+        assert classify(images * 1.2 - 0.1).shape == (len(images), len(NAMES)), "a front end may leave the range"
 
 
 @pytest.mark.parametrize("names, templates", [((), TEMPLATES), (NAMES, ()), (NAMES, ("a photo",))])

@@ -191,6 +191,22 @@ def test_images_made_elsewhere_become_a_row_of_the_card(random_clip, tmp_path):
     assert row.records["linf_255"].to_numpy() == pytest.approx([2.55] * len(data), abs=0.01)
 
 
+def test_all_images_made_elsewhere_can_meet_one_draw(random_clip, tmp_path):
+    """A model that draws at each call must see all images at once where attack and verdict share the draw."""
+    run, data, sizes = toy_run(random_clip, tmp_path), photos(200), []
+
+    class Counting(torch.nn.Module):
+        def forward(self, x):
+            sizes.append(len(x))
+            return F.one_hot(torch.zeros(len(x), dtype=torch.int64), 3).float()
+
+    run.device = torch.device("cpu")
+    for batch in ({}, {"batch": 200}):
+        row = book.measure_images(run, f"counting {batch}", Counting(), data, data.pixels(), "pgd-2", 2.0, **batch)
+        assert row.n == 200 and row.value == pytest.approx((data.labels == 0).float().mean().item())
+    assert sizes == [128, 72, 200]
+
+
 def test_a_model_by_itself_is_measured_as_its_defense_is(random_clip, tmp_path):
     """The verdict is the model's, the gradient that of the surface: a surface that points the other way does nothing."""
     data = photos()

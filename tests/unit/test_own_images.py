@@ -56,6 +56,27 @@ def test_decoding_is_a_short_side_resize_and_a_center_crop():
         assert np.array_equal(decode(encoded(image), 64, "here"), np.asarray(expected)), size
 
 
+def test_own_pictures_stand_upright_and_what_is_transparent_is_white(tmp_path):
+    folder, seen = write_folders(tmp_path / "pets"), picture(7, 40, 60)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "turn by 90 degrees clockwise to see it", as of a telephone held upright
+    lying = seen.rotate(90, expand=True)
+    lying.save(folder / "dog" / "0.png", exif=exif)
+    clear = Image.new("RGBA", (64, 64), (0, 0, 0, 0))  # black hides behind full transparency
+    clear.paste((200, 10, 10, 255), (0, 0, 64, 32))
+    clear.save(folder / "dog" / "1.png")
+    own = from_path(str(folder), size=64).images
+    assert np.array_equal(own[2].permute(1, 2, 0).numpy(), decode(encoded(seen), 64, "here"))
+    assert (own[3][:, 40:] == 255).all() and own[3][:, 8, 8].tolist() == [200, 10, 10]
+    assert not decode(encoded(clear), 64, "here")[40:].any(), "a published set is read as before"
+
+
+def test_a_split_that_was_not_asked_for_is_named(tmp_path):
+    rows = [(encoded(picture(k)), k % 2) for k in range(4)]
+    assert from_path(str(write_pack(tmp_path / "own", rows))).name == "own/own"
+    assert from_path(str(write_pack(tmp_path / "other", rows, split="train"))).name == "own/other (train split)"
+
+
 def test_gray_and_transparent_pictures_become_rgb():
     image = picture(4, 64, 64)
     gray = decode(encoded(image.convert("L")), 64, "here")

@@ -156,6 +156,7 @@ def test_copies_and_validation_rows_are_not_trained_on(stream, monkeypatch):
         assert validation and not train & validation
         assert train | validation == set(range(60)) - ({7} if pack.name == "stl10" else set())
         assert len(pack.weights) == len(pack.train)
+        assert stream.facts[pack.name]["train_images"] == len(train), "what was held out is not counted"
 
 
 def test_held_out_pairs_are_neither_captions_nor_rivals(stream):

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import numpy as np
@@ -5,7 +6,15 @@ import pytest
 from scipy import stats as scipy_stats
 
 from robustvlm_lite.runtime import UserError
-from robustvlm_lite.stats import bootstrap_mean, harmonic_mean, mcnemar, paired_bootstrap, seed_spread, wilson
+from robustvlm_lite.stats import (
+    bootstrap_mean,
+    harmonic_mean,
+    mcnemar,
+    paired_bootstrap,
+    paired_shares,
+    seed_spread,
+    wilson,
+)
 
 
 @pytest.mark.parametrize(("successes", "n"), [(0, 10), (3, 10), (10, 10), (41, 100), (1, 5000)])
@@ -55,6 +64,44 @@ def test_pairing_narrows_the_interval():
     assert np.array([paired_bootstrap(b, a)]) == pytest.approx(np.array([[-diff, -hi, -lo]]), abs=0.003)
 
 
+def verdicts(both, only_a, only_b, neither):
+    """Two lists of verdicts with these counts."""
+    a = np.repeat([True, True, False, False], [both, only_a, only_b, neither])
+    return a, np.repeat([True, False, True, False], [both, only_a, only_b, neither])
+
+
+def test_paired_shares_is_the_worked_example_of_its_method():
+    """Altman et al., Statistics with Confidence (2000), Table 6.2 and page 52: 0.122, 95 % interval 0.011 to 0.226."""
+    diff, lo, hi = paired_shares(*verdicts(14, 5, 0, 22))
+    assert (diff, lo, hi) == pytest.approx((5 / 41, 0.011, 0.226), abs=6e-4)
+    assert paired_shares(*verdicts(14, 0, 5, 22)) == pytest.approx((-diff, -hi, -lo))
+
+
+def test_paired_shares_keeps_a_width_where_no_verdict_differs():
+    for right in (0, 30, 100):
+        diff, lo, hi = paired_shares(*verdicts(right, 0, 0, 100 - right))
+        assert diff == 0 and 0.005 < hi < 0.05 and lo == pytest.approx(-hi)
+    # Of nothing right on either side: the ends are those of Wilson's interval, z² / (n + z²).
+    assert paired_shares(*verdicts(0, 0, 0, 100))[2] == pytest.approx(3.841459 / 103.841459, abs=1e-6)
+
+
+def test_paired_shares_agrees_with_resampling_where_many_verdicts_differ():
+    a, b = verdicts(900, 400, 250, 450)
+    assert paired_shares(a, b) == pytest.approx(paired_bootstrap(a, b), abs=0.002)
+
+
+@pytest.mark.parametrize("chances", [(0.4, 0.05, 0.02, 0.53), (0.02, 0.03, 0.0, 0.95), (0.3, 0.2, 0.2, 0.3)])
+def test_paired_shares_covers_the_truth_as_often_as_it_says(chances):
+    """Over all tables of 24 images, each with its probability."""
+    n, covered = 24, 0.0
+    for counts in (c for c in itertools.product(range(n + 1), repeat=4) if sum(c) == n):
+        weight = scipy_stats.multinomial.pmf(counts, n, chances)
+        if weight > 1e-7:
+            _, lo, hi = paired_shares(*verdicts(*counts))
+            covered += weight * (lo <= chances[1] - chances[2] <= hi)
+    assert 0.93 < covered <= 1
+
+
 def test_strata_weigh_equally():
     # Group "x" of 10 gains 1.0, group "y" of 90 gains 0: the unweighted mean is 0.5, the pooled one would be 0.1.
     a = np.r_[np.ones(10), np.zeros(90)]
@@ -99,6 +146,6 @@ def test_bad_values_are_refused(bad):
 
 
 def test_unequal_examples_are_refused():
-    for test in (paired_bootstrap, mcnemar):
+    for test in (paired_bootstrap, paired_shares, mcnemar):
         with pytest.raises(UserError, match="3 and 4"):
             test([0, 1, 1], [0, 1, 1, 0])
