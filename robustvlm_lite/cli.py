@@ -95,7 +95,7 @@ def _add_evaluate_options(sub: Parser) -> None:
         default="none",
         help="none (the default), one of the book, or a checkpoint's path. Methods at test time cost an image more passes of "
         "the image tower: TTC 4, and 2 backward; View ensemble and MTA 64; TPT, TPT-Ensemble, C-TPT and R-TPT 64, and 2 of "
-        "the text tower over all classes; A-TPT 72, A-TPT (released) 127, and as many of the text tower. The attacker knows "
+        "the text tower over all classes; A-TPT (as reported) 72, A-TPT (released) 127, and as many of the text tower. The attacker knows "
         "the defense and sees through 9 views a step",
     )
     sub.add_argument("--attack", default="pgd", help="pgd (the default), cw, apgd-ce, autoattack, square, noise …")

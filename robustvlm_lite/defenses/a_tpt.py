@@ -1,8 +1,8 @@
 """A-TPT: attention-guided test-time prompt tuning (arXiv 2605.19956), as its paper is reported and as its code was released.
 
 Both mix each view with AugMix, less where the view's own token-gradient attention is high, tune the context by the mean
-entropy of the surest views, and weigh views in the answer. They differ in every part of that; neither is named "A-TPT" alone
-in a result without saying which. What a method costs: `TestTimeClassifier.passes`.
+entropy of the surest views, and weigh views in the answer. They differ in every part of that; no result
+names "A-TPT" alone. What a method costs: `TestTimeClassifier.passes`.
 """
 
 from dataclasses import replace
@@ -14,7 +14,7 @@ RELEASED = Recipe(
     mixing="guided", loss="pointwise", answer="neighbors", as_logits=True, guide="released",
     quirk_leak=True, quirk_quantile=True, quirk_self=True, quirk_truncate=True,
 )  # fmt: skip
-METHODS = {"A-TPT": PAPER, "A-TPT (released)": RELEASED}
+METHODS = {"A-TPT (as reported)": PAPER, "A-TPT (released)": RELEASED}
 
 # The word that the released code puts into "a {} photo of a", by data set (A-TPT specification, section 1.4).
 WORDS = {

@@ -31,7 +31,7 @@ def x():
 
 
 def look(clip, recipe, x):
-    return TestTime(clip, "A-TPT", recipe).classifier(NAMES).keyed(KEYS).look(x)
+    return TestTime(clip, "A-TPT (as reported)", recipe).classifier(NAMES).keyed(KEYS).look(x)
 
 
 def drawn(x, recipe):
@@ -109,9 +109,9 @@ def test_a_resnet_takes_its_pools_attention_and_no_gar(register, x):
     resnet = make_clip(name)
     wide = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     for recipe in (PAPER, RELEASED):
-        assert TestTime(resnet, "A-TPT", recipe).classifier(NAMES)(wide).isfinite().all()
+        assert TestTime(resnet, "A-TPT (as reported)", recipe).classifier(NAMES)(wide).isfinite().all()
     with pytest.raises(UserError, match="vision transformer for attention 'gar'"):
-        TestTime(resnet, "A-TPT", replace(PAPER, guide="gar"))
+        TestTime(resnet, "A-TPT (as reported)", replace(PAPER, guide="gar"))
 
 
 @pytest.fixture(scope="module")
@@ -121,9 +121,9 @@ def nano():
 
 def test_records_do_not_depend_on_batches_and_differ_by_seed(nano):
     images = data.load("photos/caltech", n=6)
-    model = TestTime(nano, "A-TPT", PAPER).classifier(images.class_names)
+    model = TestTime(nano, "A-TPT (as reported)", PAPER).classifier(images.class_names)
     attack = [(attacks.get_attack("pgd-2"), ThreatModel(1.0))]
-    options = {"method": "A-TPT", "surface": model.undefended(), "progress": False}
+    options = {"method": "A-TPT (as reported)", "surface": model.undefended(), "progress": False}
     one, other, third = (
         evaluate(model, images, attack, batch_size=b, seed=s, **options) for b, s in ((6, 0), (4, 0), (6, 1))
     )
