@@ -36,7 +36,7 @@
 # ## What the paper claims
 #
 # The claims are restated from its abstract and summary. The verdicts are computed from a result card by the rules of
-# `book/claims.yml`. This table shows the committed card of this profile, where there is one. The [last table](verdict) is
+# `book/claims.yml`. This table shows the committed card of this profile, where there is one. The [last table](verdict-capt) is
 # computed from the run that you see.
 
 # %% tags=["parameters"]
@@ -544,7 +544,7 @@ book.show(plots.cost_scatter(points, cost="seconds per tuning step"), "cost",
 # decisions but not repair features; when a run cannot be repeated over seeds; or when the frozen model is poor on your task
 # and there are shots enough to trust the tuned one.
 #
-# (verdict)=
+# (verdict-capt)=
 # ## Verdict
 #
 # The rules compare methods by paired intervals, averaged over seeds where a method has several. They say nothing about

@@ -36,7 +36,7 @@
 # ## What the paper claims
 #
 # The claims are the paper's own, restated; the verdicts are computed from a result card by the rules of
-# `book/claims.yml`. This table shows the committed card of this profile, where there is one. The [last table](verdict) is
+# `book/claims.yml`. This table shows the committed card of this profile, where there is one. The [last table](verdict-cba) is
 # computed from the run that you see.
 
 # %% tags=["parameters"]
@@ -577,7 +577,7 @@ book.show(plots.cost_scatter(points, cost="seconds per tuning step"), "cost",
 # when a decision has to be explained, since a still map is no faithful one; or when a gain of a point must be trusted from a
 # single seed.
 #
-# (verdict)=
+# (verdict-cba)=
 # ## Verdict
 #
 # The rules compare methods by paired intervals, averaged over seeds where a method has several. Where an interval covers

@@ -39,7 +39,7 @@
 #
 # The verdicts are computed from a
 # result card by the rules of `book/claims.yml`. This table shows the committed card of this profile, where there is one. The
-# [last table](verdict) is computed from the run that you see.
+# [last table](verdict-atpt) is computed from the run that you see.
 
 # %% tags=["parameters"]
 profile: str = "tiny"  # "tiny": laptop, 3 minutes | "small": real image packs | "paper": OpenAI's CLIP, GPU
@@ -599,7 +599,7 @@ book.show(plots.cost_scatter(points, cost="seconds an image"), "cost", alt="Scat
 # When not to use it: against anyone who can run it too; where an answer must be the same tomorrow; where the
 # price above is not worth it. A tower that was made robust ([chapter 4](04_tga_zsr.py)) costs one pass.
 #
-# (verdict)=
+# (verdict-atpt)=
 # ## Verdict
 #
 # The rules compare methods by paired intervals under the paper's own, oblivious attack, because that is what the paper claims.

@@ -1,4 +1,4 @@
-"""The bibliography holds every work that is cited, each once: one doubled entry makes the build lose them all."""
+"""What makes a whole build fail, found at once: works cited but not listed, works listed twice, labels on two pages."""
 
 import re
 from pathlib import Path
@@ -14,3 +14,10 @@ def test_every_cited_work_is_there_once():
         for hit in re.findall(r"\{cite(?::\w)?\}`([^`]+)`", page.read_text(encoding="utf-8")):
             cited |= set(hit.split(","))
     assert cited and not (missing := cited - set(keys)), f"cited, but not in references.bib: {sorted(missing)}"
+
+
+def test_no_label_stands_on_two_pages():
+    labels = []
+    for page in [*(ROOT / "notebooks").glob("*.py"), *(ROOT / "book").glob("*.md")]:
+        labels += re.findall(r"(?m)^(?:# )?\(([\w-]+)\)=$", page.read_text(encoding="utf-8"))
+    assert labels and len(labels) == len(set(labels)), f"twice: {sorted({x for x in labels if labels.count(x) > 1})}"
