@@ -66,7 +66,7 @@ def size_at(recipe: Recipe, step: int) -> int:
 
 def optimizers(model, recipe: Recipe):
     """Muon for the matrices inside the towers, AdamW for the ends of both, gains and biases."""
-    inner = ("resblocks", "visual.layer", "visual.attnpool.")
+    inner = ("resblocks", "visual.layer")  # an attention pool stays outside: its wide matrices cost Muon more than all others
     named = [(n, p) for n, p in model.named_parameters() if n.endswith("weight") and p.ndim > 1]
     blocks = [(n, p) for n, p in named if any(room in n for room in inner)]
     chosen = {n for n, _ in blocks}

@@ -1,9 +1,12 @@
 """What every room needs first: errors that teach, seeded randomness, evaluation mode, the device, profiles and the version stamp."""
 
+import ast
 import hashlib
+import json
 import platform
 import subprocess
 from contextlib import contextmanager
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -125,10 +128,45 @@ def git_commit() -> tuple[str, bool]:
 
 
 def code_sha256(chapter: str) -> str:
-    """Hash of the package's Python and of the chapter's source; a card made by other code is stale."""
-    sources = sorted(PACKAGE.rglob("*.py")) + [asset("profiles.yml"), PACKAGE.parent / "notebooks" / f"{chapter}.py"]
+    """Hash of what a chapter stands on: its source, its profiles, and the modules that it imports, directly or through others.
+
+    A card made by other code is stale. Where there is no such chapter, all of the package counts.
+    """
+    page = PACKAGE.parent / "notebooks" / f"{chapter}.py"
     digest = hashlib.sha256()
+    if page.exists():
+        digest.update(json.dumps(chapters().get(chapter), sort_keys=True, default=str).encode())
+        sources = [page, *_closure(page)]
+    else:
+        sources = [*sorted(PACKAGE.rglob("*.py")), asset("profiles.yml")]
     for path in sources:
-        if path.exists():
-            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
+
+
+def _closure(source: Path) -> list[Path]:
+    """The files of the package that `source` imports, and those that these import, sorted."""
+    found, waiting = set(), [source]
+    while waiting:
+        path = waiting.pop()
+        new = {PACKAGE.parent / name for name in _imported(path, path.stat().st_mtime_ns)} - found
+        found |= new
+        waiting += new
+    return sorted(found)
+
+
+@cache
+def _imported(path: Path, _changed: int) -> frozenset[str]:
+    """Files of the package, relative to its parent, that one source names in any import; `_changed` keeps the cache true."""
+    names = set()
+    home = list(path.relative_to(PACKAGE.parent).parent.parts)
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {tuple(alias.name.split(".")) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            stem = home[: len(home) + 1 - node.level] if node.level else []
+            stem = (*stem, *(node.module.split(".") if node.module else ()))
+            names |= {(*stem, alias.name) for alias in node.names}
+    prefixes = {name[:k] for name in names if name[0] == PACKAGE.name for k in range(1, len(name) + 1)}
+    files = ("/".join(p) + end for p in prefixes for end in (".py", "/__init__.py"))
+    return frozenset(file for file in files if (PACKAGE.parent / file).is_file())

@@ -86,21 +86,54 @@ def test_versions_are_those_installed():
     )
 
 
-def test_code_hash_moves_with_package_and_chapter(tmp_path, monkeypatch):
+def test_code_hash_moves_with_what_a_chapter_stands_on_and_with_nothing_else(tmp_path, monkeypatch):
+    package = tmp_path / "robustvlm_lite"
+    files = {
+        "notebooks/04_x.py": "from robustvlm_lite import room\nimport robustvlm_lite.deep.part as part",
+        "robustvlm_lite/__init__.py": "",
+        "robustvlm_lite/room.py": "def f():\n    from .lazily import g",
+        "robustvlm_lite/lazily.py": "from . import leaf",
+        "robustvlm_lite/leaf.py": "import room_of_another_package",
+        "robustvlm_lite/deep/__init__.py": "",
+        "robustvlm_lite/deep/part.py": "from ..relative import h\nfrom .sister import i",
+        "robustvlm_lite/deep/sister.py": "",
+        "robustvlm_lite/relative.py": "",
+        "robustvlm_lite/elsewhere.py": "from . import room",
+        "robustvlm_lite/deep/unread.py": "",
+        "notebooks/05_y.py": "other chapter",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    sizes = {"04_x": {"n": 1}, "05_y": {"n": 1}}
+    monkeypatch.setattr(runtime, "PACKAGE", package)
+    monkeypatch.setattr(runtime, "chapters", lambda: sizes)
+    before = runtime.code_sha256("04_x")
+    moved = set()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text + "\n# another line")
+        if runtime.code_sha256("04_x") != before:
+            moved.add(name)
+        (tmp_path / name).write_text(text)
+        assert runtime.code_sha256("04_x") == before
+    assert moved == set(list(files)[:9])
+    sizes["05_y"] = {"n": 2}
+    assert runtime.code_sha256("04_x") == before
+    sizes["04_x"] = {"n": 2}
+    assert runtime.code_sha256("04_x") != before
+
+
+def test_code_hash_without_a_chapter_covers_the_package(tmp_path, monkeypatch):
     package = tmp_path / "robustvlm_lite"
     (package / "assets").mkdir(parents=True)
-    (tmp_path / "notebooks").mkdir()
-    files = [package / "a.py", package / "assets" / "profiles.yml", tmp_path / "notebooks" / "04_x.py"]
-    for f in files:
-        f.write_text("1")
+    for file in (package / "a.py", package / "assets" / "profiles.yml"):
+        file.write_text("1")
     monkeypatch.setattr(runtime, "PACKAGE", package)
-    seen = {runtime.code_sha256("04_x")}
-    for f in files:
-        f.write_text("2")
-        seen.add(runtime.code_sha256("04_x"))
-    assert len(seen) == 4 and runtime.code_sha256("04_x") in seen
-    (tmp_path / "notebooks" / "05_y.py").write_text("other chapter")
-    assert runtime.code_sha256("04_x") in seen
+    seen = {runtime.code_sha256("")}
+    for file in (package / "a.py", package / "assets" / "profiles.yml"):
+        file.write_text("2")
+        seen.add(runtime.code_sha256(""))
+    assert len(seen) == 3 and runtime.code_sha256("evaluate") in seen
 
 
 def test_git_commit_of_a_clean_dirty_and_missing_checkout(tmp_path, monkeypatch):
