@@ -121,7 +121,7 @@ class Card:
             "device": f"{self._device} ({name})" if name else str(self._device),
             "weights_sha256": self._weights_sha256 or _joint(weights),
             "data_sha256": _joint(data),
-            "code_sha256": code_sha256(self.chapter),
+            "code_sha256": code_sha256(self.chapter, self.profile),
             "wall_s": round(time.perf_counter() - self._clock, 3),
             "started": self._started.isoformat(timespec="seconds"),
             "versions": known,
@@ -215,7 +215,7 @@ def recompute(card_dir) -> list[tuple[dict, dict]]:
 
 def is_stale(card: dict) -> bool:
     """Was the card made by other code (package or chapter source) than this?"""
-    return card["provenance"]["code_sha256"] != code_sha256(card["chapter"])
+    return card["provenance"]["code_sha256"] != code_sha256(card["chapter"], card["profile"])
 
 
 def comparable(card: dict) -> dict:

@@ -127,18 +127,23 @@ def git_commit() -> tuple[str, bool]:
         return "", False
 
 
-def code_sha256(chapter: str) -> str:
-    """Hash of what a chapter stands on: its source, its profiles, and the modules that it imports, directly or through others.
+def code_sha256(chapter: str, profile: str = "") -> str:
+    """Hash of what a card stands on: the chapter's code, the sizes of its profile, and the modules that it imports in any depth.
 
-    A card made by other code is stale. Where there is no such chapter, all of the package counts.
+    A card made by other code is stale; one whose page only reads differently is not, so whole-line comments, which is what
+    the text of a py:percent notebook is, do not count. Where there is no such chapter, all of the package counts.
     """
     page = PACKAGE.parent / "notebooks" / f"{chapter}.py"
-    digest = hashlib.sha256()
-    if page.exists():
-        digest.update(json.dumps(chapters().get(chapter), sort_keys=True, default=str).encode())
-        sources = [page, *_closure(page)]
-    else:
-        sources = [*sorted(PACKAGE.rglob("*.py")), asset("profiles.yml")]
+    if not page.exists():
+        return _joint_sha256([*sorted(PACKAGE.rglob("*.py")), asset("profiles.yml")])
+    sizes = chapters().get(chapter, {}).get("profiles", {}).get(profile, {})
+    chosen = {name: value for name, value in sizes.items() if name not in ("minutes", "memory_gb", "estimated", "where")}
+    code = [line for line in page.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    return _joint_sha256(_closure(page), json.dumps([chosen, code], sort_keys=True, default=str))
+
+
+def _joint_sha256(sources: list[Path], text: str = "") -> str:
+    digest = hashlib.sha256(text.encode())
     for path in sources:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()

@@ -105,22 +105,26 @@ def test_code_hash_moves_with_what_a_chapter_stands_on_and_with_nothing_else(tmp
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    sizes = {"04_x": {"n": 1}, "05_y": {"n": 1}}
+    sizes = {page: {"profiles": {name: {"n": 1, "minutes": 3} for name in ("tiny", "small")}} for page in ("04_x", "05_y")}
     monkeypatch.setattr(runtime, "PACKAGE", package)
     monkeypatch.setattr(runtime, "chapters", lambda: sizes)
-    before = runtime.code_sha256("04_x")
+    before = runtime.code_sha256("04_x", "tiny")
     moved = set()
     for name, text in files.items():
-        (tmp_path / name).write_text(text + "\n# another line")
-        if runtime.code_sha256("04_x") != before:
+        (tmp_path / name).write_text(text + "\nanother = line")
+        if runtime.code_sha256("04_x", "tiny") != before:
             moved.add(name)
         (tmp_path / name).write_text(text)
-        assert runtime.code_sha256("04_x") == before
+        assert runtime.code_sha256("04_x", "tiny") == before
     assert moved == set(list(files)[:9])
-    sizes["05_y"] = {"n": 2}
-    assert runtime.code_sha256("04_x") == before
-    sizes["04_x"] = {"n": 2}
-    assert runtime.code_sha256("04_x") != before
+    (tmp_path / "notebooks/04_x.py").write_text("# a sentence of the page\n" + files["notebooks/04_x.py"])
+    assert runtime.code_sha256("04_x", "tiny") == before
+    for page, name, value, counts in (
+        ("05_y", "tiny", {"n": 2}, False), ("04_x", "small", {"n": 2}, False),
+        ("04_x", "tiny", {"minutes": 4}, False), ("04_x", "tiny", {"n": 2}, True),
+    ):  # fmt: skip
+        sizes[page]["profiles"][name] |= value
+        assert (runtime.code_sha256("04_x", "tiny") != before) == counts
 
 
 def test_code_hash_without_a_chapter_covers_the_package(tmp_path, monkeypatch):

@@ -39,7 +39,7 @@ def test_a_larger_profile_goes_first_and_of_equal_ones_the_least_favorable(books
 def test_a_card_of_other_code_is_stale(monkeypatch):
     monkeypatch.setattr(verdicts, "load_claims", lambda **_: CLAIMS[:1])
     assert verdicts.book_verdicts({"a": said("tiny", A="partly")})[0].stale
-    monkeypatch.setattr(cards, "code_sha256", lambda chapter: "of old")
+    monkeypatch.setattr(cards, "code_sha256", lambda *_: "of old")
     assert not verdicts.book_verdicts({"a": said("tiny", A="partly")})[0].stale
     assert not verdicts.book_verdicts({})[0].stale
 
