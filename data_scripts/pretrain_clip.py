@@ -22,12 +22,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from contrastive import contrastive_loss, image_features, make_model
+from grow_clip import grow
 from mixture import Mixture
 from muon import Muon
 from safetensors.torch import save_file
 from tqdm import tqdm
 
 from robustvlm_lite import transformer
+from robustvlm_lite.clip import load_clip
 from robustvlm_lite.runtime import eval_mode, sha256, versions
 
 
@@ -36,6 +38,7 @@ class Recipe:
     """Everything that decides the weights; design/substrate measurements led to the defaults."""
 
     model: str = "nano"
+    start: str = ""  # bundled model that it grows from (grow_clip.py); empty: from scratch
     steps: int = 36000
     batch: int = 128  # per process
     procs: int = 2
@@ -109,6 +112,8 @@ class Pretraining:
         self.recipe, self.work, self.rank, self.device = recipe, work, rank, torch.device(recipe.device)
         torch.manual_seed(recipe.seed)
         self.model, self.tokenizer = make_model(recipe.model)
+        if recipe.start:
+            self.model = grow(load_clip(recipe.start).model, self.model)
         self.model = self.model.to(self.device).train()
         self.mixture = Mixture(data_root, work / "cache", recipe.rendered)
         self.params = [p for p in self.model.parameters() if p.requires_grad]
@@ -229,6 +234,7 @@ def export(run: Pretraining) -> None:
         "machine": f"{os.cpu_count()} cores, {platform.machine()}" if on_cpu else torch.cuda.get_device_name(),
         "versions": versions(),
         "data_sha256": run.mixture.data_sha256,
+        "start_sha256": load_clip(recipe.start).weights_sha256 if recipe.start else "",
         "weights_sha256": sha256(weights),
         "validation_curve": [line for line in curve if "validation" in line],
     }
