@@ -38,7 +38,7 @@ eps_255: float = 0.0  # main attack budget in steps of 1/255; 0 takes the profil
 n: int = 0  # images per accuracy; 0 takes the profile's numbers
 device: str = ""  # "" chooses; "cuda" without a GPU is an error
 data_root: str = ""  # folder of the image packs (small, paper)
-pretrained: str = ""  # weights file of the backbone (paper)
+pretrained: str = ""  # weights file of the backbone (paper), or a model by name, such as fare2-vit-l-14
 
 # %%
 import importlib.util

@@ -46,7 +46,7 @@ n: int = 0  # images per accuracy; 0 takes the profile's number
 steps: int = 0  # training steps of live runs; 0 takes the profile's number
 device: str = ""  # "" chooses; "cuda" without a GPU is an error
 data_root: str = ""  # folder of the image packs (small, paper)
-pretrained: str = ""  # weights file of the backbone (paper)
+pretrained: str = ""  # weights file of the backbone (paper), or a model by name, such as fare2-vit-l-14
 
 # %%
 import importlib.util

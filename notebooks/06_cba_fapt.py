@@ -47,7 +47,7 @@ n: int = 0  # test images per accuracy; 0 takes the profile's number
 steps: int = 0  # steps of each tuning; 0 takes the profile's number, or the paper's epochs
 device: str = ""  # "" chooses; "cuda" without a GPU is an error
 data_root: str = ""  # folder of the image packs (small) or full sets (paper)
-pretrained: str = ""  # weights file of the backbone (paper)
+pretrained: str = ""  # weights file of the backbone (paper), or a model by name, such as fare2-vit-l-14
 
 # %%
 import importlib.util

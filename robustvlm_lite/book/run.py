@@ -18,7 +18,7 @@ import torch
 from .. import data, runtime
 from ..cards import Card
 from ..claims import decide, load_claims
-from ..clip import ZeroShotCLIP, load_clip
+from ..clip import ZeroShotCLIP, is_registered, load_clip
 from ..data import ImageSet
 from ..records import Store, write_whole
 from ..runner import OUT, check_resources, check_seed
@@ -52,9 +52,11 @@ class Run:
     _clip: ZeroShotCLIP | None = None
 
     def load_clip(self) -> ZeroShotCLIP:
-        """The profile's CLIP on the run's device, loaded once."""
+        """The profile's CLIP, or the registered one that `pretrained` names, on the run's device; loaded once."""
         if self._clip is None:
-            self._clip = load_clip(self.sizes.model, pretrained=self.pretrained, device=str(self.device))
+            named = is_registered(self.pretrained)
+            model, weights = (self.pretrained, "") if named else (self.sizes.model, self.pretrained)
+            self._clip = load_clip(model, pretrained=weights, device=str(self.device))
         return self._clip
 
     def load(self, name: str, split: str = "test", n: int = 0) -> ImageSet:
@@ -114,8 +116,11 @@ def start(
     np.random.seed(seed)
     random.seed(seed)
 
-    # The card names data and weights by their hashes: their places on this disk are nobody else's.
-    weights = Path(pretrained) if pretrained else runtime.asset("clip", f"{sizes.model}.safetensors")
+    # The card names data and weights by their hashes: their places on this disk are nobody else's. A registered name is.
+    if named := is_registered(str(pretrained)):
+        parameters |= {"pretrained": str(pretrained)}
+    bundled = runtime.asset("clip", f"{pretrained if named else sizes.model}.safetensors")
+    weights = Path(pretrained) if pretrained and not named else bundled
     digest = runtime.sha256(weights) if weights.is_file() else ""
     card = Card(chapter, profile, seed, parameters, weights_sha256=digest, device=str(where))
     _current = Run(

@@ -7,8 +7,9 @@ classes.
 from .architectures import imagenet_names
 from .loading import load_clip, random_clip
 from .model import MEAN, STD, Classifier, ZeroShotCLIP, autocast, written_out
+from .registry import is_registered
 
 __all__ = [
-    "MEAN", "STD", "Classifier", "ZeroShotCLIP", "autocast", "imagenet_names", "load_clip", "random_clip",
-    "written_out",
+    "MEAN", "STD", "Classifier", "ZeroShotCLIP", "autocast", "imagenet_names", "is_registered", "load_clip",
+    "random_clip", "written_out",
 ]  # fmt: skip

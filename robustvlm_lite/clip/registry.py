@@ -75,6 +75,11 @@ def find(name: str, tag: str = "") -> Weights | None:
     return known.get(name) or next(by_tag, None)
 
 
+def is_registered(name: str) -> bool:
+    """Is `name` a bundled or published model, rather than an architecture, a tag or a file?"""
+    return name in bundled() | published()
+
+
 def by_sha256(digest: str) -> Weights | None:
     """The entry whose published file has this SHA-256."""
     return next((w for w in (bundled() | published()).values() if w.sha256 and w.sha256 == digest), None)

@@ -12,7 +12,7 @@ from toy_run import CHAPTER, filled
 from robustvlm_lite import book, cards, runtime
 from robustvlm_lite.book import run as run_module
 from robustvlm_lite.cards import load_card
-from robustvlm_lite.runtime import UserError
+from robustvlm_lite.runtime import UserError, asset, sha256
 
 TORCH = torch.__version__.split("+")[0]
 ALT = "A line that falls from high to low as the budget grows"
@@ -93,6 +93,17 @@ def test_seeds_reach_third_party_generators(begin):
     assert first == (torch.rand(1).item(), np.random.rand())
 
 
+def test_a_card_names_a_registered_model_and_its_weights_but_no_place_on_the_disk(begin, tmp_path):
+    (tmp_path / "w.pt").write_bytes(b"weights")
+    for pretrained, named, path in (
+        ("nano", {"pretrained": "nano"}, asset("clip", "nano.safetensors")),
+        (str(tmp_path / "w.pt"), {}, tmp_path / "w.pt"),
+    ):
+        card = begin(pretrained=pretrained).card.as_dict()
+        assert {k: v for k, v in card["parameters"].items() if k == "pretrained"} == named
+        assert card["provenance"]["weights_sha256"] == sha256(path)
+
+
 def test_run_loads_model_once_and_data_at_its_size(begin, monkeypatch):
     asked = []
 
@@ -105,6 +116,8 @@ def test_run_loads_model_once_and_data_at_its_size(begin, monkeypatch):
     run = begin(seed=4, pretrained="tag", data_root="there")
     assert run.load_clip() is run.load_clip()
     assert asked == [("toy", {"pretrained": "tag", "device": "cpu"})]
+    begin(pretrained="nano").load_clip()
+    assert asked[1:] == [("nano", {"pretrained": "", "device": "cpu"})], "a registered name replaces the profile's model"
     expected = ("photos/web", "test", {"data_root": "there", "size": 32, "n": 8, "seed": 4})
     assert run.load("photos/web", n=8) == expected
     assert run.load("photos/web", "train")[2]["seed"] == 0, "training images are the same for every seed"
