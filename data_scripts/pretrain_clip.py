@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from robustvlm_lite import transformer
 from robustvlm_lite.clip import load_clip
+from robustvlm_lite.clip.registry import card_file
 from robustvlm_lite.runtime import eval_mode, sha256, versions
 
 
@@ -38,7 +39,7 @@ class Recipe:
     """Everything that decides the weights; design/substrate measurements led to the defaults."""
 
     model: str = "nano"
-    start: str = ""  # bundled model that it grows from (grow_clip.py); empty: from scratch
+    start: str = ""  # bundled model that it goes on from, or grows from where it is wider (grow_clip.py); empty: from scratch
     steps: int = 36000
     batch: int = 128  # per process
     procs: int = 2
@@ -113,7 +114,8 @@ class Pretraining:
         torch.manual_seed(recipe.seed)
         self.model, self.tokenizer = make_model(recipe.model)
         if recipe.start:
-            self.model = grow(load_clip(recipe.start).model, self.model)
+            old = load_clip(recipe.start).model
+            self.model = old.requires_grad_() if recipe.start == recipe.model else grow(old, self.model)
         self.model = self.model.to(self.device).train()
         self.mixture = Mixture(data_root, work / "cache", recipe.rendered)
         self.params = [p for p in self.model.parameters() if p.requires_grad]
@@ -234,11 +236,17 @@ def export(run: Pretraining) -> None:
         "machine": f"{os.cpu_count()} cores, {platform.machine()}" if on_cpu else torch.cuda.get_device_name(),
         "versions": versions(),
         "data_sha256": run.mixture.data_sha256,
-        "start_sha256": load_clip(recipe.start).weights_sha256 if recipe.start else "",
+        "start": stage_before(recipe.start) if recipe.start else None,
         "weights_sha256": sha256(weights),
         "validation_curve": [line for line in curve if "validation" in line],
     }
     (work / "recipe.json").write_text(json.dumps(made, indent=1) + "\n")
+
+
+def stage_before(name: str) -> dict:
+    """What a run starts from: the recipe of a bundled model, its checksum, and in turn its own start."""
+    card = json.loads(card_file(name).read_text())
+    return {key: card.get(key) for key in ("recipe", "images_seen", "wall_s", "weights_sha256", "start")}
 
 
 def main() -> None:

@@ -107,7 +107,7 @@ def weights_sha256(model: torch.nn.Module) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of what can change a number."""
-    names = ("robustvlm_lite", "torch", "torchvision", "open_clip_torch", "torchattacks", "numpy", "pyarrow")
+    names = ("robustvlm_lite", "torch", "torchvision", "open_clip_torch", "torchattacks", "transformers", "numpy", "pyarrow")
     return {"python": platform.python_version()} | {n: metadata.version(n) for n in names}
 
 
