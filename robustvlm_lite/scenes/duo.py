@@ -4,6 +4,7 @@ The world of `world` has many captions for one scene. An attack on a captioner n
 right, and a parser that says which of its slots are.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -40,7 +41,7 @@ class Duo(NamedTuple):
         return f"a {' '.join(self.first)} {self.relation} a {' '.join(self.second)}"
 
     def questions(self) -> list[tuple[str, str]]:
-        """Every question that has an answer, with it; the caller chooses."""
+        """Every question that has an answer, with it."""
         places = ("left", "right") if self.relation == "left of" else ("above", "below")
         asked = []
         for place, thing in zip(places, (self.first, self.second), strict=True):
@@ -122,6 +123,15 @@ def _draw(kinds: list[Tensor], center: Tensor, radius: Tensor, size: int, part: 
         rgb = palette[color] * uniform((n, 1), 0.94, 1.0, generator)
         canvas = torch.lerp(canvas, rgb[:, :, None, None], (0.5 - distance).clamp(0, 1)[:, None])
     return canvas.clamp_(0, 1).mul_(255).round_().to(torch.uint8)
+
+
+def ask(duos: Sequence[Duo], kinds: Sequence[str], generator: Generator) -> list[tuple[str, str]]:
+    """A random question with its answer for each scene; kinds: of the question, "what", or by its answer "yes" or "no"."""
+    asked = []
+    for duo, kind in zip(duos, kinds, strict=True):
+        fits = [qa for qa in duo.questions() if (qa[1] if qa[1] in YES_NO else "what") == kind]
+        asked.append(fits[torch.randint(len(fits), (), generator=generator)])
+    return asked
 
 
 def duo_vocabulary() -> tuple[str, ...]:
