@@ -13,12 +13,17 @@ LAYERS = (
     ("scenes", "data", "transformer", "resnet", "clip", "captioner"),
     ("attention", "views", "prompts", "attacks"),
     ("defenses",),
-    ("evaluate", "fewshot", "records", "sanity"),
+    ("evaluate", "fewshot", "records", "sanity", "text_metrics"),
     ("cards", "rules", "claims", "verdicts", "estimate"),
     ("plots", "book", "runfolder", "runner", "practitioner", "doctor", "cli"),
 )
 LAYER = {room: n for n, rooms in enumerate(LAYERS) for room in rooms}
-HOMES = {"open_clip": "clip", "torchattacks": "attacks"}  # outside package -> the one room that imports it
+HOMES = {  # outside package -> the one room that imports it
+    "open_clip": "clip",
+    "torchattacks": "attacks",
+    "pycocoevalcap": "text_metrics",
+    "torchmetrics": "text_metrics",
+}
 # what a paper's module may import of its own room
 SHARED_DEFENSES = ("base", "training", "checkpoints", "terms", "prompting", "prompt_files", "keyed", "recipe", "view_making")
 MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS = 300, 70, 12

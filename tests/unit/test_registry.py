@@ -59,7 +59,7 @@ def test_every_data_set_of_the_papers_is_there():
         assert use.classes == classes
     assert {name: use.splits["test"]["n"] for name, use in coop.items()} == SHIFTS | {"imagenet": 50000}
     others = {name: d.task for name, d in datasets().items() if d.task != CLASSIFICATION}
-    assert sorted(others) == ["coco_captions", "flickr30k", "flickr8k", "vqav2"]
+    assert sorted(others) == ["coco_captions", "flickr30k", "flickr8k", "visual_genome_qa", "vqav2"]
     assert set(uses()) < set(data.names())
 
 
