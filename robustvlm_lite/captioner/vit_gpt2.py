@@ -27,7 +27,7 @@ class ViTGPT2(Captioner):
         begin = torch.full_like(labels[:, :1], self.tokenizer.start)
         before = torch.cat([begin, labels[:, :-1]], dim=1)
         before = before.masked_fill(before == IGNORED, self.tokenizer.pad)
-        return self.model(pixel_values=pixels, decoder_input_ids=before).logits, labels
+        return self.model(pixel_values=pixels, decoder_input_ids=before, decoder_attention_mask=labels != IGNORED).logits, labels
 
     def write(self, x: Tensor, prompt: Sequence[str] | None, options: dict) -> Tensor:
         refuse_prompt(prompt)

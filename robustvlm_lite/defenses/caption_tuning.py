@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from tqdm import tqdm
 
 from ..captioner import Captioner, TokenLoss
 from ..runtime import UserError, generator
+from .checkpoints import apply_change, write_change
 from .training import Training
 
 TextAttack = Callable[[Captioner, Tensor, Sequence[str], Sequence[str] | None, torch.Generator], Tensor]
@@ -66,3 +68,20 @@ def finetune(
         schedule.step()
         history.append(value.item())
     return model.requires_grad_(False), history
+
+
+def learned(model: Captioner) -> dict[str, Tensor]:
+    """What fine-tuning moves, by name."""
+    moved = {id(p) for p in model.trainable()}
+    return {name: p.data for name, p in model.model.named_parameters() if id(p) in moved}
+
+
+def save_tuned(model: Captioner, base: Captioner, path: Path, **facts) -> None:
+    """Write the change from `base` in 8 bits; facts (JSON values) go into the header."""
+    write_change(learned(base), learned(model), path, {"base": base.name, "base_sha256": base.weights_sha256} | facts)
+
+
+def load_tuned(base: Captioner, path: Path) -> tuple[Captioner, dict]:
+    """A copy of `base` with the change in a file, and the file's facts. Raises UserError if base or shapes differ."""
+    model = copy.deepcopy(base)
+    return model, apply_change(learned(model), path, base.name, base.weights_sha256)
