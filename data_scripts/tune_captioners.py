@@ -4,7 +4,7 @@
     python data_scripts/tune_captioners.py tiny-vit-gpt2            every method of text_methods, seed 0 (make captioners)
 
 Sizes are those of the `tiny` profile of chapter 08. --search writes assets/captioner/<model>-search.json with every run; what was
-chosen stands in assets/profiles.yml and defenses/text_methods.py. Validation scenes are neither trained on nor tested.
+chosen stands in assets/profiles.yml and book/text_methods.py. Validation scenes are neither trained on nor tested.
 """
 
 import argparse
@@ -18,11 +18,11 @@ import torch
 from robustvlm_lite.attacks import pgd
 from robustvlm_lite.attacks.captions import on_texts
 from robustvlm_lite.book import captioning, text_tuning
+from robustvlm_lite.book.text_methods import ADVERSARIAL, TEXT_METHODS
 from robustvlm_lite.captioner import Captioner, TokenLoss, cross_entropy, load_captioner
 from robustvlm_lite.captioner.loading import BUNDLED, config_file
 from robustvlm_lite.defenses.caption_tuning import save_tuned
 from robustvlm_lite.defenses.prsl import PrslConfig
-from robustvlm_lite.defenses.text_methods import ADVERSARIAL, TEXT_METHODS
 from robustvlm_lite.defenses.token_losses import ConfidencePenalty, LabelSmoothing, LogitSqueezing
 from robustvlm_lite.defenses.training import Training
 from robustvlm_lite.runtime import generator, profile
@@ -32,12 +32,12 @@ from robustvlm_lite.threat import ThreatModel
 EPS = 1.5  # of the validation attack, in 1/255
 RATES = (2e-4, 5e-4, 1e-3)
 LOSSES = (  # weights of PRSL and of its rivals
-    *(PrslConfig(b=b) for b in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)),
-    *(PrslConfig("topk_variance", b=b) for b in (1e-3, 1e-2, 1e-1)),
-    *(PrslConfig("topk_mass", b=b) for b in (0.1, 1.0, 10.0)),
-    *(LabelSmoothing(w) for w in (0.05, 0.1, 0.2)),
-    *(ConfidencePenalty(w) for w in (0.05, 0.1, 0.3)),
-    *(LogitSqueezing(w) for w in (1e-3, 1e-2, 1e-1)),
+    *(PrslConfig(b=b) for b in (1e-5, 1e-3, 1e-2, 1e-1)),
+    *(LabelSmoothing(w) for w in (0.1, 0.2)),
+    *(PrslConfig("topk_variance", b=b) for b in (1e-2, 1e-1)),
+    *(PrslConfig("topk_mass", b=b) for b in (1.0, 10.0)),
+    *(ConfidencePenalty(w) for w in (0.1, 0.3)),
+    *(LogitSqueezing(w) for w in (1e-2, 1e-1)),
 )
 WINDOWS = tuple(PrslConfig(end=k, b=b) for b in (1e-5, 1e-3) for k in (1, 6, 10, 20))  # K = 4 is above
 OTHER_READINGS = (
@@ -67,8 +67,9 @@ def score(model: Captioner, n: int) -> dict[str, float]:
 def search(base: Captioner, sizes: SimpleNamespace, n: int) -> None:
     path = config_file(base.name).with_name(f"{base.name}-search.json")
     before = json.loads(path.read_text()) if path.exists() else {}
-    runs = before["runs"] if before.get("base_sha256") == base.weights_sha256 else []
     training = Training(**sizes.tuning)
+    conditions = {"base_sha256": base.weights_sha256, "n": n, "eps_255": EPS, "training": asdict(training)}
+    runs = before["runs"] if before.items() >= conditions.items() else []
 
     def run(loss: TokenLoss, lr: float, eps_255: float = 0.0) -> None:
         asked = {"loss": "cross_entropy" if loss is cross_entropy else repr(loss), "lr": lr, "eps_255": eps_255}
@@ -77,8 +78,7 @@ def search(base: Captioner, sizes: SimpleNamespace, n: int) -> None:
         model = text_tuning.tune(base, loss, replace(training, lr=lr), eps_255=eps_255, progress=sys.stderr.isatty())
         runs.append(asked | score(model, n))
         print(json.dumps(runs[-1]), flush=True)
-        tried = {"base_sha256": base.weights_sha256, "n": n, "eps_255": EPS, "training": asdict(training), "runs": runs}
-        path.write_text(json.dumps(tried, indent=1) + "\n")
+        path.write_text(json.dumps(conditions | {"runs": runs}, indent=1) + "\n")
 
     for lr in RATES:
         run(cross_entropy, lr)
@@ -93,7 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=BUNDLED)
     parser.add_argument("--search", action="store_true", help="choose instead of train")
-    parser.add_argument("--n", type=int, default=512, help="validation scenes")
+    parser.add_argument("--n", type=int, default=256, help="validation scenes")
     parser.add_argument("--only", nargs="+", choices=TEXT_METHODS, default=list(TEXT_METHODS), help="methods to train")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

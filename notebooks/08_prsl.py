@@ -64,10 +64,10 @@ if importlib.util.find_spec("robustvlm_lite") is None:  # on Colab
 from robustvlm_lite import attacks, book, captioner, plots, text_metrics
 from robustvlm_lite.attacks import captions as on
 from robustvlm_lite.attacks.release_captions import ReleaseAttack, spent_255
-from robustvlm_lite.book import captioning, text_tuning
+from robustvlm_lite.book import captioning, text_methods, text_tuning
 from robustvlm_lite.book import exercises_prsl as exercises
 from robustvlm_lite.book.caption_checks import masking_checks
-from robustvlm_lite.defenses import prsl, text_methods
+from robustvlm_lite.defenses import prsl
 from robustvlm_lite.defenses.caption_tuning import finetune
 from robustvlm_lite.defenses.training import Training
 from robustvlm_lite.runtime import generator

@@ -16,12 +16,12 @@ from ..attacks.captions import on_texts
 from ..captioner import Blip2, Captioner, TokenLoss, cross_entropy
 from ..defenses.caption_tuning import TextAttack, TextData, finetune, load_tuned, save_tuned
 from ..defenses.checkpoints import read_facts
-from ..defenses.text_methods import ADVERSARIAL, text_method
 from ..defenses.training import Training
 from ..runtime import UserError, asset, generator
 from ..scenes.duo import sample_duos
 from ..threat import ThreatModel
 from .captioning import answer_task, caption_task
+from .text_methods import ADVERSARIAL, text_method
 
 TUNING_SCENES = 20000
 

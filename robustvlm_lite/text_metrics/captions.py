@@ -125,10 +125,14 @@ class CaptionMetrics:
     def _bert_f1(self, said: Sequence[str], known: Sequence[Sequence[str]]) -> np.ndarray:
         """F1 of each image, the best over its references; float64 [N]."""
         pairs = [(text, reference) for text, row in zip(said, known, strict=True) for reference in row]
-        self._bert.reset()
-        self._bert.update([text for text, _ in pairs], [reference for _, reference in pairs])
-        f1 = np.atleast_1d(np.asarray(self._bert.compute()["f1"], dtype=float))
+        f1 = np.array([self._bert_pair(text, reference) for text, reference in pairs])
         return np.array([part.max() for part in np.split(f1, np.cumsum([len(row) for row in known])[:-1])])
+
+    def _bert_pair(self, text: str, reference: str) -> float:
+        """F1 of one pair. torchmetrics 1.9 sorts several by length and puts them back by the same order, not by its inverse."""
+        self._bert.reset()
+        self._bert.update([text], [reference])
+        return float(np.atleast_1d(np.asarray(self._bert.compute()["f1"]))[0])
 
     def _check_bert(self) -> None:
         """A tokenizer that did not find its words makes every sentence the same row of [UNK], and every score 1."""

@@ -13,7 +13,16 @@ from pycocoevalcap.cider.cider import Cider
 from robustvlm_lite import stats, text_metrics
 from robustvlm_lite.runtime import UserError
 from robustvlm_lite.scenes.duo import sample_duos
-from robustvlm_lite.text_metrics import METRICS, CaptionMetrics, consistency, corpus_values, derangement, diversity, vqa_accuracy, words
+from robustvlm_lite.text_metrics import (
+    METRICS,
+    CaptionMetrics,
+    consistency,
+    corpus_values,
+    derangement,
+    diversity,
+    vqa_accuracy,
+    words,
+)
 from robustvlm_lite.text_metrics.captions import PROBE
 
 PLAIN = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "cider", "rouge_l")
@@ -73,7 +82,8 @@ def test_cider_of_two_images_by_the_formula(plain):
     for text, row in zip(said, known, strict=True):
         total = 0.0
         for k in range(1, 5):
-            idf = {g: math.log(2) - math.log(max(1, n)) for g, n in Counter(g for r in known for g in set().union(*(grams(t, k) for t in r))).items()}
+            images_with = Counter(g for r in known for g in set().union(*(grams(t, k) for t in r)))
+            idf = {g: math.log(2) - math.log(max(1, n)) for g, n in images_with.items()}
             for reference in row:
                 h, r = ({g: n * idf.get(g, math.log(2)) for g, n in grams(t, k).items()} for t in (text, reference))
                 norms = math.sqrt(sum(v * v for v in h.values()) * sum(v * v for v in r.values()))
@@ -344,9 +354,9 @@ def test_exact_match():
         (lambda: CaptionMetrics(("rouge_l",)).score(["a"], ["a", "b"]), "got 1 captions and 2 references"),
         (lambda: CaptionMetrics(("rouge_l",)).score(["a", "b"], ["a", "12"]), "expected references with words for image 1"),
         (lambda: CaptionMetrics(("rouge_l",)).score(["a"], [[]]), "expected references with words for image 0"),
-        (lambda: corpus_values(CaptionMetrics(("rouge_l",)).score(["a"], ["a"]), "cider"), "expected a metric that was scored, got 'cider'"),
+        (lambda: corpus_values(CaptionMetrics(("rouge_l",)).score(["a"], ["a"]), "cider"), "a metric that was scored, got 'cider'"),
         (lambda: consistency(CaptionMetrics(("rouge_l",)), ["a"], ["a"]), "expected at least 2 images for a floor, got 1"),
-        (lambda: consistency(CaptionMetrics(("rouge_l",)), ["a", "b"], ["a"]), "expected captions of the same images, got 2 attacked and 1"),
+        (lambda: consistency(CaptionMetrics(("rouge_l",)), ["a", "b"], ["a"]), "captions of the same images, got 2 attacked and 1"),
         (lambda: diversity([]), "expected at least one text"),
         (lambda: vqa_accuracy(["red"], [["red"] * 9]), "expected 10 people's answers to question 0, got 9"),
         (lambda: vqa_accuracy([], []), "expected one truth an answer, got 0 answers"),

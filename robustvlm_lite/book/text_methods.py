@@ -5,9 +5,9 @@ and the largest of a grid that keeps clean accuracy within two points.
 """
 
 from ..captioner import TokenLoss, cross_entropy
+from ..defenses.prsl import PrslConfig
+from ..defenses.token_losses import ConfidencePenalty, LabelSmoothing, LogitSqueezing
 from ..runtime import UserError, near_miss
-from .prsl import PrslConfig
-from .token_losses import ConfidencePenalty, LabelSmoothing, LogitSqueezing
 
 ADVERSARIAL = "Adversarial training"  # cross-entropy on attacked images
 TEXT_METHODS: dict[str, TokenLoss] = {
