@@ -103,6 +103,24 @@ book.show(fig, "problem", alt="Three scenes with two objects each, clean and att
           caption="Above: what the captioner says of the clean scene. Below: what it says of the attacked one, PGD-20 at ε = 2/255.")  # fmt: skip
 
 # %% [markdown]
+# Look at the words that changed. One wrong word is enough to make a caption false, and the words after it are then written to fit
+# the wrong one. A classifier under attack falls once; a captioner falls at its weakest word.
+#
+# ## How a captioner writes
+#
+# The image tower turns the scene into 65 tokens. The decoder reads a start token and gives a score, a logit, to every word of its
+# vocabulary; the best is written, read back, and the next one follows. It ends with a token of its own.
+#
+# For training and for attacks nothing needs to be written. The right caption is fed in, shifted by one place, and at every place the
+# model is asked for the next right word: teacher forcing.
+#
+# Its cross-entropy is smooth in the pixels. Writing is not: it picks the best word at each place. So an attack raises the smooth
+# loss, and is judged by what is written.
+#
+# `captioner` holds both models of the paper behind one contract, `logits`, `token_loss`, `generate`, with pixels in [0, 1] outside and
+# normalization inside. It refuses what the library would take in silence: an image of another size, text without its image, an
+# empty caption.
+#
 # ## The idea in plain words
 #
 # A captioner writes one word after the other. At each place it weighs all words of its vocabulary, and an attack needs only to lift
@@ -150,6 +168,16 @@ torch.testing.assert_close(my_penalty(z, t), prsl.PrslConfig().penalty(z[None], 
 print(f"{len(z)} places, penalty {my_penalty(z, t):.1f}, of which {len(z) * math.log(len(z)):.1f} no training can remove")
 
 # %% [markdown]
+# | reading | asks for | can offsets satisfy it? |
+# |---|---|---|
+# | R1, R2 | equal $\mu$ at all places; R2 divides by N | yes |
+# | R3 | little variance within the K | no |
+# | R4 | a flat softmax within the K | no |
+# | R5 | more probability for the K, as label smoothing does | no |
+# | R6 | less probability for the K | no |
+# | R7 | little variance among all wrong words, the predecessor | no |
+# | R8 | as R1, but the largest logit is dropped in place of the right one | yes |
+#
 # The constant $N \ln N$ is most of it. A sum over places also means that the same weight is another defense at another batch size.
 #
 # Its gradient is $(N s_i - 1)/K$ on the K competitors and zero elsewhere: competitors are *lifted* where they are low, and where they
@@ -323,6 +351,10 @@ book.show(fig, "paired", alt="Paired differences to cross-entropy in the worst c
 #
 # ## Text metrics, and their floor
 #
+# BLEU {cite}`papineni2002bleu` counts runs of up to four words that two texts share, ROUGE-L {cite}`lin2004rouge` the longest common
+# subsequence, CIDEr {cite}`vedantam2015cider` shared runs again, weighed by how rare they are in the whole set. None of them
+# looks at the image. "A small red circle" for a small blue one keeps two words of three, and most of the score.
+#
 # The paper scores attacked captions against the model's own clean ones. The same score against the clean caption of *another* image is
 # the floor: what a caption earns by being a caption. Corrected means (score − floor) / (1 − floor). The last row is a
 # captioner that says "a photo of a thing" to everything.
@@ -344,7 +376,24 @@ book.table(lines, formats={k: ".3f" for k in lines[0] if k != "method"}, caption
 # read consistency as robustness. In the authors' own logs PRSL's ROUGE-L at the fourth generation is higher than cross-entropy's by 0.036, its floor
 # by 0.035 (recomputed from their committed answers, published values).
 #
+# The authors' repository holds the answers of ten models to 1,100 images at eleven steps of the attack. Here they are again, each
+# with its floor:
+
+# %%
+book.published_table("08_prsl")
+
+# %% [markdown]
+# Read the first column down. The larger the window, the fewer distinct captions, and the higher score *and* floor. What remains after the
+# correction is small beside the difference between two windows. At the eleventh picture every model lies below its floor: the attacked captions
+# are less like the clean ones than a caption of some other image is.
+#
+# With one training run a model, nothing in these logs says whether the order of the rows would come out again. The authors cannot be blamed
+# for a missing floor: hardly any paper on attacked captions prints one.
+#
 # ## Were these attacks attacks?
+#
+# A defense may also hide its gradient. These checks ask what a hidden gradient would fail, on the strong form of PRSL, whose
+# loss is flattest.
 
 # %%
 book.sanity_table(masking_checks(models["PRSL, strong", first_seed], task, eps_255, n=min(n, sizes.checked), n_steps=sizes.n_steps))
@@ -369,7 +418,6 @@ def tried(method, name, by, **settings):
     return captioning.measure_texts(run, models[method, first_seed], task, method, first_seed, attack=name, eps_255=eps_255, craft=by, settings=settings)
 
 
-# %%
 MORE = {"centered": on.Centered(strong), "logits × 0.1": on.Scaled(0.1), "logits × 10": on.Scaled(10.0)}
 adaptive = {(m, name): attack_with(models[m, first_seed], (m, first_seed), f"pgd-{name}", loss, eps_255) for m in THREE for name, loss in MORE.items()}
 adaptive |= {(m, name): tried(m, name, partial(by_torchattacks, name=name), torchattacks=name) for m in THREE for name in ("mifgsm-10", "apgd-ce-20")}
@@ -379,6 +427,8 @@ lines = [{"attack": name} | {m: 100 * adaptive[m, name].value for m in THREE} fo
 book.table(lines, formats=dict.fromkeys(THREE, ".1f"), caption=f"Attackers who know more, and transfer between CE and PRSL: right captions in percent, ε = {eps_255:g}/255, n = {n}.")
 
 # %% [markdown]
+# The fourth column of a fair table would be an attacker nobody thought of. These are the ones that the loss itself suggests.
+#
 # An attack that takes offsets away before it looks (centered), that wakes a saturated softmax (× 0.1), momentum and APGD from
 # torchattacks {cite}`kim2020torchattacks`: none of them needs to be stronger, but each could have been. Transfer that beats
 # white-box would mean masked gradients.
@@ -421,6 +471,9 @@ book.table(lines, formats={"clean": ".1f", "attacked": ".1f"}, caption=f"One run
 
 # %% [markdown]
 # ## Questions that are really asked
+#
+# BLIP-2 looks at an image with an image tower, asks the tokens of that tower through a few learned queries (the Q-Former), and puts the
+# answers to these queries in front of the text that a language model reads. Only the part in the middle is fine-tuned, as in the release.
 #
 # The paper's "VQA" is one fixed prompt for a description. Here BLIP-2 {cite}`li2023blip2` is asked: what color, shape or size
 # something is, whether there is a thing, whether both are alike. An answer has two tokens, so the released penalty has hardly
@@ -479,11 +532,15 @@ book.table(lines, formats={f"right, {k}": ".0f" for k in range(4)}, caption=f"Ri
 step = text_tuning.step_ratio(base, text_methods.text_method("PRSL"), Training(**sizes.tuning), repeats=sizes.repeats)
 captioning.add_number(run, ("PRSL", task.name, "none", 0.0), "step_ratio", step[0], n=sizes.repeats, ci95=step[1:])
 book.glue("step", step[0])
+book.glue("vocabulary", base.vocab_size)
 print(f"a training step with the penalty takes {step[0]:.2f} times one without [{step[1]:.2f}, {step[2]:.2f}]")
 
 # %% [markdown]
-# The penalty is cheap: {glue:text}`step:.2f` times a step of cross-entropy here. Adversarial training with two attack steps costs about
-# three times as much, once. When not to use PRSL: on this page there is no scene, budget or loss that speaks for it.
+# The penalty is cheap: {glue:text}`step:.2f` times a step of cross-entropy here, for a vocabulary of {glue:text}`vocabulary` words. With fifty
+# thousand, the release sorts every row and builds two masks of its size; a `topk` of K + 1 does not (`benchmarks/prsl_step.py`). An
+# adversarial step makes two more passes back and forth, in training alone. No method here costs anything at test time.
+#
+# When not to use PRSL: on this page there is no scene, budget or loss that speaks for it.
 #
 # (verdict-prsl)=
 # ## Verdict
@@ -543,6 +600,10 @@ exercises.check_floor(corrected)
 # - Attack every model through every loss: its own may be the weakest.
 # - A score against the model's own clean text needs its floor beside it.
 # - Run an attack with its gradient switched off before you believe it.
+#
+# Three doubts remain. The scenes have no clutter, so a competitor of the right word is always a word of the same kind. All methods
+# start from one base, so they differ less than models trained apart would. And the budget of a fine-tuning is short; a penalty that needs
+# a long training to act would look idle here.
 #
 # What this does not show: models of this size and scenes of two objects say nothing about BLIP-2 with 2.7 billion weights; the
 # `paper` profile runs those.
