@@ -32,7 +32,7 @@ from robustvlm_lite.threat import ThreatModel
 EPS = 1.5  # of the validation attack, in 1/255
 RATES = (2e-4, 5e-4, 1e-3)
 LOSSES = (  # weights of PRSL and of its rivals
-    *(PrslConfig(b=b) for b in (1e-5, 1e-3, 1e-2, 1e-1)),
+    *(PrslConfig(b=b) for b in (1e-5, 1e-3, 1e-2, 1e-1, 1.0)),
     *(LabelSmoothing(w) for w in (0.1, 0.2)),
     *(PrslConfig("topk_variance", b=b) for b in (1e-2, 1e-1)),
     *(PrslConfig("topk_mass", b=b) for b in (1.0, 10.0)),
