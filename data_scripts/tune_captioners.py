@@ -39,7 +39,7 @@ LOSSES = (  # weights of PRSL and of its rivals
     *(ConfidencePenalty(w) for w in (0.1, 0.3)),
     *(LogitSqueezing(w) for w in (1e-2, 1e-1)),
 )
-WINDOWS = tuple(PrslConfig(end=k, b=b) for b in (1e-5, 1e-3) for k in (1, 6, 10, 20))  # K = 4 is above
+WINDOWS = tuple(PrslConfig(end=k, b=b) for b in (1e-5, 1e-1) for k in (1, 6, 10, 20))  # K = 4 is above
 OTHER_READINGS = (
     PrslConfig("token_axis_mean", b=1.0),
     PrslConfig("topk_uniform", b=0.1),
