@@ -16,7 +16,7 @@
 # [source](https://github.com/robustvlm-lite/robustvlm_lite/blob/main/notebooks/08_prsl.py) ·
 # [paper](https://arxiv.org/abs/2402.03627) ·
 # [result card](https://github.com/robustvlm-lite/robustvlm_lite/tree/main/book/cards) ·
-# CPU: 3 minutes (tiny) · GPU: hours (paper)
+# CPU: 3 minutes (tiny)
 
 # %% [markdown]
 # ## At a glance
@@ -39,7 +39,7 @@
 # profile, where there is one; the [last table](verdict-prsl) is computed from the run that you see.
 
 # %% tags=["parameters"]
-profile: str = "tiny"  # "tiny": laptop, 3 minutes | "small": three seeds, all attacks | "paper": ViT-GPT2 and BLIP-2, GPU
+profile: str = "tiny"  # "tiny": laptop, 3 minutes | "small": three training seeds, all methods, more scenes
 seed: int = 0  # test scenes and attack starts derive from it
 eps_255: float = 0.0  # budget of the main comparison in steps of 1/255; 0 takes the profile's
 n: int = 0  # test scenes; 0 takes the profile's number
@@ -615,8 +615,8 @@ exercises.check_floor(corrected)
 # start from one base, so they differ less than models trained apart would. And the budget of a fine-tuning is short; a penalty that needs
 # a long training to act would look idle here.
 #
-# What this does not show: models of this size and scenes of two objects say nothing about BLIP-2 with 2.7 billion weights; the
-# `paper` profile runs those.
+# What this does not show: models of this size and scenes of two objects say nothing about BLIP-2 with 2.7 billion weights. Published
+# weights load by name or from a folder (`captioner.load_captioner`); a profile that runs them is not part of this version.
 
 # %%
 book.footer(run)
