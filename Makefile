@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 OUTPUTS :=
 
-.PHONY: setup sync test tiny book check slow links bench checkpoints prompts gpu-jobs
+.PHONY: setup sync test tiny book check slow links bench checkpoints prompts captioners gpu-jobs
 
 setup:        ## environment with the locked versions
 	python3 -m venv .venv && .venv/bin/pip install -q uv && .venv/bin/uv pip install -q --compile-bytecode -r requirements.lock -e .
@@ -40,6 +40,10 @@ checkpoints:  ## train the committed checkpoints again
 
 prompts:      ## train the prompt files again; they sit on the checkpoints
 	$(PY) data_scripts/train_prompts.py
+
+captioners:   ## train the captioners again, then the methods of chapter 08 on them
+	set -e; for model in tiny-vit-gpt2 tiny-blip2; do $(PY) data_scripts/train_captioners.py $$model --work _build/$$model; \
+	$(PY) data_scripts/tune_captioners.py $$model; done
 
 gpu-jobs:     ## what still needs a GPU
 	$(PY) data_scripts/gpu_jobs.py

@@ -5,7 +5,7 @@ from pathlib import Path
 import pyarrow as pa
 import yaml
 
-from .rules import Accuracy, Difference, NotMeasured, compute, parse
+from .rules import Accuracy, Difference, NotMeasured, Reading, compute, parse
 from .runtime import PACKAGE, PROFILES, UserError
 
 FIELDS = "id chapter paper statement where published scale profile measure reproduced partly".split()
@@ -67,4 +67,6 @@ def _parse(claim: dict) -> dict:
 def _told(value) -> str:
     if isinstance(value, Difference):
         return f"{100 * value:+.1f} points [{100 * value.lo:.1f}, {100 * value.hi:.1f}]"
+    if isinstance(value, Reading):
+        return f"{value:.3g} [{value.lo:.3g}, {value.hi:.3g}]"
     return f"{100 * value:.1f} % ({value.label})" if isinstance(value, Accuracy) else f"{value:.3f}"

@@ -2,7 +2,8 @@
 
     acc("TeCoA", attack="pgd-*", eps_255=(1, 2), dataset="photos/*")   accuracy of a method
     diff(a, b)             a - b over the same images, with a paired 95 % interval
-    lo(d), hi(d)           the ends of that interval
+    row("R1", "rouge_l_gain", attack="worst", eps_255=0.5)   a row of another metric as it stands in the card
+    lo(d), hi(d)           the ends of the interval of a diff or a row
     numbers, names of expressions above, + - * /, comparisons, and, or, not
 
 attack: "none" is clean accuracy. Of the attacks that fit a pattern ("pgd-*", the default) and that all methods met, the
@@ -27,7 +28,7 @@ from .records import verdicts
 from .runtime import UserError
 from .stats import paired_bootstrap
 
-FUNCTIONS = ("acc", "diff", "lo", "hi")
+FUNCTIONS = ("acc", "diff", "row", "lo", "hi")
 OPERATORS = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -73,7 +74,7 @@ def parse(expressions: dict[str, str], owner: str) -> dict[str, ast.expr]:
         try:
             _selectors([tree])
         except (TypeError, ValueError):
-            usage = 'acc("method", attack="...", eps_255=..., dataset="...") with plain values'
+            usage = 'acc("method", attack="...", eps_255=..., dataset="...") or row("method", "metric", ...) with plain values'
             raise UserError(f"{where}: expected {usage}, got {text}") from None
     return trees
 
@@ -110,16 +111,18 @@ def _evaluate(node: ast.expr, scope: "_Scope", values: dict):
             return all(OPERATORS[type(op)](a, b) for op, a, b in zip(node.ops, sides, sides[1:], strict=False))
         case ast.Call(func=ast.Name(id="acc")):
             return scope.acc(_selector(node))
+        case ast.Call(func=ast.Name(id="row")):
+            return scope.row(*_row_of(node))
         case ast.Call(func=ast.Name(id="diff")):
             return scope.diff(*map(value, node.args))
         case ast.Call(args=[difference]):
-            return getattr(_difference(value(difference)), node.func.id)
+            return getattr(_interval(value(difference)), node.func.id)
     raise TypeError(f"{ast.unparse(node)} has no meaning here")
 
 
-def _difference(value) -> "Difference":
-    if not isinstance(value, Difference):
-        raise TypeError("lo and hi take a diff")
+def _interval(value) -> "Interval":
+    if not isinstance(value, Interval):
+        raise TypeError("lo and hi take a diff or a row")
     return value
 
 
@@ -133,11 +136,25 @@ class Accuracy(float):
     images: dict[str, tuple[np.ndarray, np.ndarray]]
 
 
-class Difference(float):
-    """A paired difference of two accuracies with the ends `lo` and `hi` of its 95 % interval."""
+class Interval(float):
+    """A number with the ends `lo` and `hi` of its 95 % interval."""
 
     lo: float
     hi: float
+
+    @classmethod
+    def of(cls, value: float, lo: float, hi: float):
+        interval = cls(value)
+        interval.lo, interval.hi = lo, hi
+        return interval
+
+
+class Difference(Interval):
+    """A paired difference of two accuracies."""
+
+
+class Reading(Interval):
+    """The value of a row, in the unit of its metric."""
 
 
 @dataclass(frozen=True)
@@ -159,16 +176,30 @@ def _selector(call: ast.Call) -> Selector:
     return replace(selector, eps_255=tuple(np.atleast_1d(selector.eps_255).astype(float).tolist()))
 
 
+def _row_of(call: ast.Call) -> tuple[Selector, str]:
+    """The arguments of one `row(...)`: of which method, attack and data set, and of which metric."""
+    method, metric = map(ast.literal_eval, call.args)
+    named = {"attack": "none"} | {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    if not all(isinstance(text, str) for text in (method, metric, named["attack"])):
+        raise TypeError("method, metric and attack are texts")
+    return Selector(method, **named | {"eps_255": tuple(np.atleast_1d(named.get("eps_255", ())).astype(float).tolist())}), metric
+
+
 def _selectors(trees) -> list[Selector]:
-    calls = (node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call) and node.func.id == "acc")
-    return list(dict.fromkeys(map(_selector, calls)))
+    """The arguments of every `acc(...)`; those of `row(...)` are looked at too, so that a wrong one is found at once."""
+    calls = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    for call in calls:
+        if call.func.id == "row":
+            _row_of(call)
+    return list(dict.fromkeys(_selector(call) for call in calls if call.func.id == "acc"))
 
 
 class _Scope:
     """The selectors of one claim resolved on one card: the same data sets, images and attacks for all of them."""
 
     def __init__(self, card: dict, examples: pa.Table, selectors: list[Selector]):
-        self.examples, self.budget = examples, float(card["parameters"].get("eps_255", 1.0))
+        self.examples, self.card_rows = examples, card["rows"]
+        self.budget = float(card["parameters"].get("eps_255", 1.0))
         self.sizes: dict[str, int] = {}  # n of the data sets that were used
         self.rows: dict[tuple, list[dict]] = {}  # several only where several seeds were run
         for row in card["rows"]:
@@ -217,10 +248,22 @@ class _Scope:
             raise NotMeasured(f"{a.label} and {b.label} did not meet the same images")
         strata = np.concatenate([np.full(len(index), dataset) for dataset, (index, _) in a.images.items()])
         scores = [np.concatenate([side.images[dataset][1] for dataset in a.images]) for side in (a, b)]
-        value, lo, hi = paired_bootstrap(*scores, strata=strata)
-        difference = Difference(value)
-        difference.lo, difference.hi = lo, hi
-        return difference
+        return Difference.of(*paired_bootstrap(*scores, strata=strata))
+
+    def row(self, selector: Selector, metric: str) -> Reading:
+        """Value and interval of the rows of one metric; of several (seeds, data sets) the mean of each number."""
+        found = [
+            row
+            for row in self.card_rows
+            if (row["method"], row["metric"], row["attack"]) == (selector.method, metric, selector.attack)
+            and row["eps_255"] in self._eps(selector)
+            and fnmatchcase(row["dataset"], selector.dataset)
+        ]
+        if not found:
+            raise NotMeasured(f"no row of {metric} of {self._label(selector, selector.attack)}")
+        self.sizes |= {row["dataset"]: row["n"] for row in found}
+        numbers = [(row["value"], *row["ci95"]) for row in found]
+        return Reading.of(*np.mean(numbers, axis=0).tolist())
 
     def _eps(self, selector: Selector) -> tuple[float, ...]:
         if selector.attack == "none":

@@ -119,7 +119,7 @@ def start(
     # The card names data and weights by their hashes: their places on this disk are nobody else's. A registered name is.
     if named := is_registered(str(pretrained)):
         parameters |= {"pretrained": str(pretrained)}
-    bundled = runtime.asset("clip", f"{pretrained if named else sizes.model}.safetensors")
+    bundled = runtime.asset("clip", f"{pretrained if named else getattr(sizes, 'model', '')}.safetensors")
     weights = Path(pretrained) if pretrained and not named else bundled
     digest = runtime.sha256(weights) if weights.is_file() else ""
     card = Card(chapter, profile, seed, parameters, weights_sha256=digest, device=str(where))

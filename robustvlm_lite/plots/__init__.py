@@ -5,7 +5,7 @@ there is room. Strips of many columns are 7 in wide. There are no titles: the ca
 """
 
 from .charts import ablation_grid, accuracy_vs_eps, convergence, cost_scatter, paired_bars
-from .grids import confusion_grid, mosaics, pair_grid, similarities, stretched
+from .grids import confusion_grid, mosaics, pair_grid, similarities, stretched, token_grids
 from .pictures import attacked_strip, captioned, guesses, map_strip, picture_rows
 from .style import COLORS, color
 
@@ -27,4 +27,5 @@ __all__ = [
     "picture_rows",
     "similarities",
     "stretched",
+    "token_grids",
 ]

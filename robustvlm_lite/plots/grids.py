@@ -9,7 +9,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from ..threat import check_images
-from .style import NARROW, color, luminance, new_figure, require, styled
+from .style import NARROW, WIDE, color, luminance, new_figure, require, styled
 
 LABEL = 15  # characters of a name beside a grid
 FRAME = "TGA-ZSR"  # the hue of frames
@@ -118,6 +118,28 @@ def pair_grid(values: Mapping[tuple[str, str], float], *, marked: Collection[tup
         _frame(ax, down.index(a), across.index(b))
     ax.set_yticks(range(len(down)), down)
     ax.set_xticks(range(len(across)), across, rotation=90)
+    return fig
+
+
+@styled
+def token_grids(panels: Mapping[str, Tensor], tokens: Sequence[str], *, columns: str):
+    """Signed numbers of each token and candidate, one panel a name, each on a scale of its own about zero.
+
+    panels: name -> [T, K], rows as in `tokens`. columns: what stands across. Blue is negative, red positive; the largest
+    magnitude of each panel is written beside its name.
+    """
+    require(panels, "expected at least one panel, got none")
+    fig = new_figure(WIDE, 0.75 + 0.19 * len(tokens))
+    for k, (name, values) in enumerate(panels.items()):
+        require(len(values) == len(tokens), f"{name}: expected a row for each of {len(tokens)} tokens, got {len(values)}")
+        most = float(values.abs().max())
+        ax = fig.add_subplot(1, len(panels), k + 1)
+        ax.imshow(values.detach().cpu().numpy(), cmap="RdBu_r", vmin=-(most or 1), vmax=most or 1, aspect="auto")
+        ax.set_title(f"{name}\n(up to {most:.1g})", loc="left", pad=3)
+        ax.set_yticks(range(len(tokens)), tokens if k == 0 else [""] * len(tokens))
+        ax.set_xticks([])
+        ax.set_xlabel(columns if k == 0 else "")
+        ax.tick_params(length=0)
     return fig
 
 

@@ -16,6 +16,7 @@ from .style import NARROW, POINTS, WIDE, new_figure, require, styled
 RIGHT, WRONG = "#0072B2", "#D55E00"
 LOUDEST = 0.45  # the largest change of the perturbation is drawn this far from gray
 OVERLAY, MAP = 0.6, "viridis"
+LINE = 0.165  # inches of a line of text
 
 
 @styled
@@ -124,10 +125,12 @@ def picture_rows(rows: Mapping[str, Tensor], heads: Sequence[str], *, feet: Sequ
     cell = (width - 0.3) / k
     letters = max(6, int(cell * 72 / (0.55 * POINTS)))
     above, below = (["\n".join(textwrap.fill(line, letters) for line in text.split("\n")) for text in texts] for texts in (heads, feet))
-    lines = sum(max((text.count("\n") + 1 for text in texts), default=0) for texts in (above, below))
-    fig = new_figure(width, len(rows) * (cell + 0.03) + 0.17 * lines + 0.1)
-    fig.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
-    axes = fig.subplots(len(rows), k, squeeze=False)
+    top, bottom = (0.08 + LINE * max((text.count("\n") + 1 for text in texts), default=0) for texts in (above, below))
+    height = len(rows) * (cell + 0.03) + top + bottom
+    fig = new_figure(width, height)
+    fig.set_layout_engine("none")  # the constrained one makes no room for texts of several lines beside pictures
+    sides = {"left": 0.24 / width, "right": 1 - 0.02 / width, "bottom": bottom / height, "top": 1 - top / height}
+    axes = fig.add_gridspec(len(rows), k, **sides, wspace=0.03, hspace=0.03).subplots(squeeze=False)
     for line, (name, pictures) in zip(axes, rows.items(), strict=True):
         for ax, picture in zip(line, pictures, strict=True):
             _picture(ax, picture)

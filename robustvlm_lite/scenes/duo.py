@@ -4,6 +4,7 @@ The world of `world` has many captions for one scene. An attack on a captioner n
 right, and a parser that says which of its slots are.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,17 +17,17 @@ from robustvlm_lite.scenes.shapes import SHAPE_TABLE, SHAPES
 
 PAINTS = PALETTE | {"pink": (1.0, 0.55, 0.78), "brown": (0.48, 0.27, 0.08), "black": (0.02, 0.02, 0.02), "teal": (0.0, 0.46, 0.46)}
 SIZES = {"small": 0.125, "big": 0.205}  # radius, as a fraction of the image side
-RELATIONS = ("left of", "above")
+RELATIONS = ("left of", "above", "below")
 OPPOSITES = {"right of": "left of", "below": "above"}
-PLACES = ("left", "right", "above", "below")
 YES_NO = ("no", "yes")
 SLOTS = ("size", "color", "shape", "relation", "size", "color", "shape")
-EDGE, GAP, CLEAR = 0.01, 0.02, 0.125  # free rim of the image; free space between objects; by how much one axis decides
+EDGE, GAP = 0.01, 0.02  # free rim of the image; free space between objects
+CLEAR, LEFT = 0.15, 0.08  # by how much one axis decides the relation; by how much one object is the left one at least
 CHUNK = 256
 
 
 class Duo(NamedTuple):
-    """One scene in words: the first object is the left or the upper one."""
+    """One scene in words: the first object is the left one, wherever it lies."""
 
     first: tuple[str, str, str]  # size, color, shape
     relation: str
@@ -34,14 +35,15 @@ class Duo(NamedTuple):
 
     @property
     def slots(self) -> tuple[str, ...]:
-        return (*self.first, self.relation, *self.second)
+        """The seven slots in the order of SLOTS, whichever object a sentence begins with."""
+        return _slots(self.first, self.relation, self.second)
 
     def caption(self) -> str:
         return f"a {' '.join(self.first)} {self.relation} a {' '.join(self.second)}"
 
     def questions(self) -> list[tuple[str, str]]:
-        """Every question that has an answer, with it; the caller chooses."""
-        places = ("left", "right") if self.relation == "left of" else ("above", "below")
+        """Every question that has an answer, with it."""
+        places = {"left of": ("left", "right"), "above": ("above", "below"), "below": ("below", "above")}[self.relation]
         asked = []
         for place, thing in zip(places, (self.first, self.second), strict=True):
             for slot, word in zip(("size", "color", "shape"), thing, strict=True):
@@ -79,18 +81,16 @@ def sample_duos(n: int, generator: Generator, *, size: int = 64) -> DuoScenes:
     kinds = [torch.randint(0, len(known), (n, 2), generator=generator) for known in (SIZES, PAINTS, SHAPES)]
     radius = torch.tensor(list(SIZES.values()))[kinds[0]]
     center = _places(radius, generator)
-    apart = (center[:, 1] - center[:, 0]).abs()
-    beside = apart[:, 0] > apart[:, 1]  # left of; otherwise above
-    axis = torch.where(beside, 0, 1)
-    along = center.gather(2, axis[:, None, None].expand(-1, 2, 1))[:, :, 0]
-    order = along.argsort(dim=1)  # the left or the upper one first
+    order = center[:, :, 0].argsort(dim=1)
     kinds, radius = [k.gather(1, order) for k in kinds], radius.gather(1, order)
     center = center.gather(1, order[:, :, None].expand(-1, -1, 2))
+    right, down = (center[:, 1] - center[:, 0]).unbind(dim=1)
+    relation = torch.where(right > down.abs(), 0, torch.where(down > 0, 1, 2))
     images = torch.cat([_draw(kinds, center, radius, size, part, generator) for part in torch.arange(n).split(CHUNK)])
     words = [list(known) for known in (SIZES, PAINTS, SHAPES)]
     rows = [zip(*(k[:, side].tolist() for k in kinds), strict=True) for side in (0, 1)]
     things = [[tuple(names[k] for names, k in zip(words, row, strict=True)) for row in side] for side in rows]
-    relations = (RELATIONS[0] if b else RELATIONS[1] for b in beside.tolist())
+    relations = [RELATIONS[r] for r in relation]
     return DuoScenes(images, tuple(Duo(a, r, b) for a, r, b in zip(things[0], relations, things[1], strict=True)))
 
 
@@ -102,7 +102,8 @@ def _places(radius: Tensor, generator: Generator) -> Tensor:
         low = (radius[open_] + EDGE)[..., None]
         center[open_] = low + torch.rand((int(open_.sum()), 2, 2), generator=generator) * (1 - 2 * low)
         step = center[:, 1] - center[:, 0]
-        clear = (step[:, 0].abs() - step[:, 1].abs()).abs() >= CLEAR
+        right, down = step.abs().unbind(dim=1)
+        clear = ((right - down).abs() >= CLEAR) & (right >= LEFT)
         open_ = ~(clear & (step.norm(dim=1) >= radius.sum(1) + GAP))
     return center
 
@@ -124,6 +125,15 @@ def _draw(kinds: list[Tensor], center: Tensor, radius: Tensor, size: int, part: 
     return canvas.clamp_(0, 1).mul_(255).round_().to(torch.uint8)
 
 
+def ask(duos: Sequence[Duo], kinds: Sequence[str], generator: Generator) -> list[tuple[str, str]]:
+    """A random question with its answer for each scene; kinds: of the question, "what", or by its answer "yes" or "no"."""
+    asked = []
+    for duo, kind in zip(duos, kinds, strict=True):
+        fits = [qa for qa in duo.questions() if (qa[1] if qa[1] in YES_NO else "what") == kind]
+        asked.append(fits[torch.randint(len(fits), (), generator=generator)])
+    return asked
+
+
 def duo_vocabulary() -> tuple[str, ...]:
     """Every word that a caption, a question or an answer of this world holds, in a fixed order."""
     thing = ("small", next(iter(PAINTS)), SHAPES[0])
@@ -140,15 +150,20 @@ def parse(caption: str) -> tuple[str, ...] | None:
     "a X right of a Y" reads as "a Y left of a X", "below" as "above": the same scene in other words.
     """
     words = caption.lower().split()
-    for said in (*RELATIONS, *OPPOSITES):
+    for said in {*RELATIONS, *OPPOSITES}:
         middle = said.split()
         if len(words) == 8 + len(middle) and words[4 : 4 + len(middle)] == middle and words[0] == words[4 + len(middle)] == "a":
             first, second = tuple(words[1:4]), tuple(words[5 + len(middle) :])
-            known = all(s in SIZES and c in PAINTS and t in SHAPES for s, c, t in (first, second))
-            if known:
-                first, second = (second, first) if said in OPPOSITES else (first, second)
-                return (*first, OPPOSITES.get(said, said), *second)
+            if all(s in SIZES and c in PAINTS and t in SHAPES for s, c, t in (first, second)):
+                return _slots(first, said, second)
     return None
+
+
+def _slots(first: tuple, relation: str, second: tuple) -> tuple[str, ...]:
+    """One order for both sentences of a scene: the left or the upper object first."""
+    if relation in OPPOSITES:
+        return (*second, OPPOSITES[relation], *first)
+    return (*first, relation, *second)
 
 
 def slots_right(captions: list[str], truth: list[Duo] | tuple[Duo, ...]) -> Tensor:

@@ -217,6 +217,43 @@ def test_a_worst_case_row_is_the_and_of_its_attacks():
     assert toy.value('acc("TeCoA", attack="worst")') == 0.25
 
 
+def read(metric, value, ci95, attack="none", eps_255=0.0, seed=0):
+    """A card of one row of another metric than accuracy."""
+    toy = Toy().add("A", share(10), attack="none", eps_255=0.0)
+    place = {"method": "A", "dataset": "toy/a", "attack": attack, "eps_255": eps_255, "metric": metric, "n": 50}
+    toy.rows.append(place | {"value": value, "ci95": ci95, "extra": {"seed": seed}})
+    return toy
+
+
+def test_a_row_of_another_metric_is_read_as_it_stands():
+    toy = read("rouge_l_gain", 0.02, [0.01, 0.03], attack="worst", eps_255=0.5)
+    expression = 'row("A", "rouge_l_gain", attack="worst", eps_255=0.5)'
+    assert [toy.value(e) for e in (expression, f"lo({expression})", f"hi({expression})")] == [0.02, 0.01, 0.03]
+    said = toy.decide(measure={"gain": expression}, reproduced="lo(gain) > 0")
+    assert said["verdict"] == "reproduced"
+    assert said["why"].startswith("Profile tiny, toy/a (n = 50): gain = 0.02 [0.01, 0.03].")
+
+
+@pytest.mark.parametrize("change", [("0.5", "1.0"), ("rouge_l", "cider"), ('"A"', '"B"'), ("worst", "none")])
+def test_a_row_that_is_not_there_is_not_tested(change):
+    toy = read("rouge_l_gain", 0.02, [0.01, 0.03], attack="worst", eps_255=0.5)
+    other = 'row("A", "rouge_l_gain", attack="worst", eps_255=0.5)'.replace(*change)
+    assert toy.decide(measure={"gain": other}, reproduced="gain > 0")["verdict"] == "not_tested"
+
+
+def test_rows_of_several_seeds_are_averaged():
+    toy = read("step_ratio", 1.0, [0.9, 1.1])
+    toy.rows.append(toy.rows[-1] | {"value": 1.2, "ci95": [1.1, 1.3], "extra": {"seed": 1}})
+    assert toy.value('row("A", "step_ratio")') == pytest.approx(1.1)
+    assert toy.value('hi(row("A", "step_ratio"))') == pytest.approx(1.2)
+
+
+@pytest.mark.parametrize("wrong", ['row("A")', 'row("A", 3)', 'row("A", "m", color="red")', "row(acc, 'm')"])
+def test_a_row_without_sense_is_refused(wrong):
+    with pytest.raises(UserError, match="expected"):
+        parse({"asked": wrong}, "test")
+
+
 def test_8bit_rows_do_not_count_as_another_seed():
     toy = Toy().add("TeCoA", share(100))
     at = toy.tables[0].schema.get_field_index("correct_8bit")

@@ -1,0 +1,79 @@
+"""The released attack on captioners, with what it does beside attacking: a quirk to measure, not a member of any worst case.
+
+BIM in normalized space whose iterates are written as JPEG pictures and read again, on the captioner with the statistics of
+another model (specification of arXiv 2402.03627, section 3.2). Nothing here respects a budget; what it spent is measured.
+"""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..captioner import Captioner, TokenLoss, cross_entropy
+from ..runtime import UserError
+from .captions import on_texts
+from .objectives import value_and_grad
+
+CLIP_STATISTICS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+
+
+@dataclass(frozen=True)
+class ReleaseAttack:
+    """Switches and sizes of the released captioning script; α and ε in normalized units, as there.
+
+    quirk_statistics: iterates are written with CLIP's mean and deviation although the model takes 0.5 and 0.5, which shrinks
+    contrast in every generation. quirk_jpeg: they are written as JPEG, cut off to whole gray levels, and read again; else
+    they are only clipped to pictures. alpha = 0 is the control: what is left of the attack without any gradient.
+    quirk_moving_labels: the target is what the model says at the moment, as in the released BLIP-2 script, not its clean text.
+    """
+
+    alpha: float = 0.02
+    eps: float = 1.0
+    generations: int = 11
+    quirk_statistics: bool = True
+    quirk_jpeg: bool = True
+    quirk_moving_labels: bool = False
+    quality: int = 75
+
+    def __post_init__(self):
+        if self.alpha < 0 or self.eps <= 0 or self.generations < 1:
+            raise UserError(f"expected alpha >= 0, eps > 0 and generations >= 1, got {self.alpha}, {self.eps} and {self.generations}")
+
+    def run(
+        self, model: Captioner, x: Tensor, prompt: Sequence[str] | None = None, loss: TokenLoss = cross_entropy
+    ) -> list[tuple[Tensor, list[str]]]:
+        """(images as written, what the model says) of every generation; the first is the clean image.
+
+        x [B, 3, S, S] in [0, 1].
+        """
+        mean, std = (torch.tensor(v).view(3, 1, 1).to(x) for v in CLIP_STATISTICS) if self.quirk_statistics else (model.mean, model.std)
+        clean = (x - model.mean) / model.std
+        shown, found = x, [(x, model.generate(x, prompt))]
+        targets = [text or "a" for text in found[0][1]]  # an empty text has no loss
+        for _ in range(self.generations - 1):
+            gradient = value_and_grad(on_texts(model, targets, prompt, loss), shown)[1]
+            adv = (shown - model.mean) / model.std + self.alpha * gradient.sign()
+            adv = clean + (adv - clean).clamp(-self.eps, self.eps)
+            shown = (adv * std + mean).clamp(0, 1)
+            shown = torch.stack([jpeg(image, self.quality) for image in shown]) if self.quirk_jpeg else shown
+            found.append((shown, model.generate(shown, prompt)))
+            if self.quirk_moving_labels:
+                targets = [text or "a" for text in found[-1][1]]
+        return found
+
+
+def jpeg(image: Tensor, quality: int = 75) -> Tensor:
+    """A picture [3, H, W] in [0, 1] cut off to whole gray levels, written as JPEG and read again."""
+    buffer = io.BytesIO()
+    levels = (image.detach().cpu() * 255).clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+    Image.fromarray(levels).save(buffer, format="JPEG", quality=quality)
+    return torch.from_numpy(np.asarray(Image.open(buffer)).copy()).permute(2, 0, 1).to(image) / 255
+
+
+def spent_255(images: Tensor, clean: Tensor) -> Tensor:
+    """Largest change of each image [B] in gray levels, both rounded to 8 bits: the budget that an attack really used."""
+    return ((images * 255).round() - (clean * 255).round()).abs().amax(dim=(1, 2, 3))

@@ -1,0 +1,27 @@
+"""Adam on a perturbation that is written as a tanh (after Carlini and Wagner, 2017), over any objective."""
+
+import torch
+from torch import Tensor
+
+from ..threat import ThreatModel
+from .objectives import Objective, value_and_grad
+
+
+def adam_tanh(objective: Objective, x: Tensor, threat: ThreatModel, *, n_steps: int = 20, lr: float = 0.3) -> Tensor:
+    """Maximize `objective` over x + ε tanh(w), from w = 0; the best iterate of each image, projected, detached.
+
+    Where sign steps jump between corners of the ball, Adam moves by the size of the gradient: another road for gradients
+    that are small or uneven. x [B, 3, H, W] in [0, 1]; an ℓ∞ threat.
+    """
+    w = torch.zeros_like(x, requires_grad=True)
+    optimizer = torch.optim.Adam([w], lr=lr)
+    best, most = x.clone(), torch.full((len(x),), -torch.inf, device=x.device)
+    for step in range(n_steps + 1):
+        shown = threat.project(x + threat.eps * w.detach().tanh(), x)
+        value, gradient = value_and_grad(objective, shown)
+        better = value > most
+        best[better], most[better] = shown[better], value[better]
+        if step < n_steps:
+            w.grad = -gradient * threat.eps * (1 - w.detach().tanh().square())
+            optimizer.step()
+    return best
