@@ -6,6 +6,7 @@ here says so in one line and stays in the report as skipped (specification of ar
 
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
@@ -104,35 +105,42 @@ class CaptionMetrics:
         return Meteor()  # reads its dictionaries once, about 20 s
 
     def _meteor(self, gts: dict, res: dict):
+        java = self._java
         try:
-            total, each = self._java.compute_score(gts, res)
+            total, each = java.compute_score(gts, res)
         except (OSError, ValueError) as error:
-            self._java.lock.release()  # it died while it held the lock that its own end waits for
+            with suppress(OSError):  # or its end would stumble over the broken pipe
+                java.meteor_p.stdin.close()
             del self._java
             raise UserError(f"expected scores from METEOR's Java program, got {error}; check java, or leave meteor out") from None
+        finally:
+            if java.lock.locked():  # interrupted while it held the lock that its own end waits for
+                java.lock.release()
         return [total], [each]
 
     @cached_property
     def _bert(self):
-        from torchmetrics.text.bert import BERTScore  # a run without it shall not pay for its import
+        from torchmetrics.text.bert import BERTScore  # a run without it shall not pay for these imports
+        from transformers import AutoModel
 
         try:
-            return BERTScore(self._bert_folder, device=self._device, truncation=True, max_length=128)
+            model = AutoModel.from_pretrained(self._bert_folder, local_files_only=True)
+            return BERTScore(self._bert_folder, model=model, device=self._device, truncation=True, max_length=128)
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(f"expected a model and its tokenizer in {self._bert_folder}, got: {reason}; check bert_folder") from None
 
     def _bert_f1(self, said: Sequence[str], known: Sequence[Sequence[str]]) -> np.ndarray:
-        """F1 of each image, the best over its references; float64 [N]."""
-        pairs = [(text, reference) for text, row in zip(said, known, strict=True) for reference in row]
-        f1 = np.array([self._bert_pair(text, reference) for text, reference in pairs])
-        return np.array([part.max() for part in np.split(f1, np.cumsum([len(row) for row in known])[:-1])])
+        """F1 of each image, the best over its references; float64 [N]. A caption without a word scores 0."""
+        return np.array([max(self._bert_pair(text, reference) for reference in row) for text, row in zip(said, known, strict=True)])
 
     def _bert_pair(self, text: str, reference: str) -> float:
-        """F1 of one pair. torchmetrics 1.9 sorts several by length and puts them back by the same order, not by its inverse."""
+        """One pair at a time: torchmetrics 1.9 sorts each list by length and sorts it again instead of back, which mixes pairs up."""
+        if not text:
+            return 0.0
         self._bert.reset()
         self._bert.update([text], [reference])
-        return float(np.atleast_1d(np.asarray(self._bert.compute()["f1"]))[0])
+        return float(self._bert.compute()["f1"])
 
     def _check_bert(self) -> None:
         """A tokenizer that did not find its words makes every sentence the same row of [UNK], and every score 1."""
