@@ -26,8 +26,11 @@ class TextData:
     prompt: Sequence[str] | None = None
 
     def __post_init__(self):
-        if len(self.images) != len(self.targets) or (self.prompt is not None and len(self.prompt) != len(self.targets)):
-            raise UserError(f"expected a text for each image, got {len(self.images)} images and {len(self.targets)} texts")
+        if self.images.dtype != torch.uint8:
+            raise UserError(f"expected images as uint8, got {self.images.dtype}; multiply by 255 and round")
+        for what, texts in (("text", self.targets), ("question", self.prompt)):
+            if texts is not None and len(texts) != len(self.images):
+                raise UserError(f"expected a {what} for each image, got {len(self.images)} images and {len(texts)} {what}s")
 
 
 def finetune(
@@ -43,10 +46,14 @@ def finetune(
     """A copy of `base`, fine-tuned, frozen again, and the loss of each step. What moves is `base.trainable()`.
 
     attack: (model, x, targets, prompt, generator) -> images of the same shape, which take the place of x in every step. Batches
-    depend on the seed alone: every loss and every weight of a penalty sees the same images in the same order.
+    depend on the seed alone: every loss and every weight of a penalty sees the same images in the same order. Steps run in
+    float32. Raises UserError for another precision, for a model with nothing to train, and where the loss is not finite.
     """
+    if training.precision is not None:
+        raise UserError(f"captioners are fine-tuned in float32: expected precision=None, got {training.precision}")
     model = copy.deepcopy(base).eval().requires_grad_(False)
-    learned = model.trainable()
+    if not (learned := model.trainable()):
+        raise UserError("expected something to train, got no parameters from trainable(); choose another captioner")
     for parameter in learned:
         parameter.requires_grad_(True)
     optimizer, schedule = training.optimizer_of(learned)
@@ -60,7 +67,7 @@ def finetune(
             x = attack(model, x, texts, prompt, drawn)
         value = model.token_loss(x, texts, prompt, loss=loss)
         if not torch.isfinite(value):
-            raise RuntimeError(f"the loss is {value.item()} at step {step}; lower the learning rate or the penalty's weight")
+            raise UserError(f"the loss is {value.item()} at step {step}; lower the learning rate or the penalty's weight")
         optimizer.zero_grad()
         value.backward()
         torch.nn.utils.clip_grad_norm_(learned, 1.0)

@@ -67,28 +67,24 @@ class PrslConfig:
 
     def penalty(self, logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
         """P of the reading, in float32 or wider: a scalar, or [B] with reduction "none"; 0 where nothing is predicted."""
-        self._check(logits.shape[-1])
         if reduction == "mean" and self.scope == "batch":
             return self._of_texts(logits.flatten(0, 1)[None], labels.flatten()[None])[0]
         each = self._of_texts(logits, labels)
         return each if reduction == "none" else each.sum() / (labels != IGNORED).any(1).sum().clamp(min=1)
-
-    def _check(self, vocabulary: int) -> None:
-        if self.end > vocabulary - 1:
-            raise UserError(f"expected end <= {vocabulary - 1}, the competitors among {vocabulary} tokens, got end={self.end}; lower it")
 
     def _of_texts(self, logits: Tensor, labels: Tensor) -> Tensor:
         """P of each text [B], over its own positions."""
         there = labels != IGNORED
         z, targets = logits[there].to(torch.promote_types(logits.dtype, torch.float32)), labels[there]
         n = there.sum(dim=1)
-        if not len(z):
-            return logits.flatten(1).sum(1) * 0
+        if not len(z):  # a sum of no entries: 0 with a graph, whatever the logits are, where 0 times their sum may be NaN
+            return logits.flatten(1)[:, :0].sum(1, dtype=z.dtype)
         values = self._of_positions(z, targets)
         if self.reading in ("token_axis", "token_axis_mean", "legacy_rank"):
             mu = values.new_full(there.shape, -torch.inf).masked_scatter(there, values)
-            empty = (n == 0)[:, None]
-            total = n * mu.masked_fill(empty, 0).logsumexp(dim=1) - mu.masked_fill(~there, 0).sum(dim=1)
+            mu = mu.masked_fill((n == 0)[:, None], 0)  # a softmax over nothing would be NaN
+            # not N·LSE - Σ mu, which is the same but a difference of two large numbers: offsets of logits cost it its digits
+            total = -mu.log_softmax(dim=1).masked_fill(~there, 0).sum(dim=1)
             return total / n.clamp(min=1) if self.reading == "token_axis_mean" else total
         total = values.new_zeros(there.shape).masked_scatter(there, values).sum(dim=1)
         return total if self.reading == "drsl_full" else total / n.clamp(min=1)
@@ -114,7 +110,13 @@ class PrslConfig:
 
 
 def competitors(z: Tensor, targets: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
-    """Logits and token ids [N, K] of the competitors of ranks [start, end): a `topk`, no sort of the vocabulary."""
+    """Logits and token ids [N, K] of the competitors of ranks [start, end) in z [N, V]: a `topk`, no sort of the vocabulary.
+
+    Raises UserError for a window with no rank in it, or wider than the V - 1 competitors.
+    """
+    last = z.shape[1] - 1
+    if not 0 <= start < end <= last:
+        raise UserError(f"expected ranks 0 <= start < end <= {last}, the competitors among {last + 1} tokens, got [{start}, {end})")
     top = z.scatter(1, targets[:, None], -torch.inf).topk(end, dim=1)
     return top.values[:, start:], top.indices[:, start:]
 
@@ -124,15 +126,23 @@ def competitor_spread(logits: Tensor, labels: Tensor, start: int = 0, end: int =
     """Standard deviation of mu over positions: as it is, and after subtracting each position's mean logit.
 
     Adding a number to all logits of a position changes no probability, but it changes mu. If training lowers only the first
-    spread, the penalty was paid in such offsets (specification 1.3).
+    spread, the penalty was paid in such offsets (specification 1.3). Raises UserError where fewer than two positions are predicted.
     """
-    z, targets = logits[labels != IGNORED].double(), labels[labels != IGNORED]
+    z, targets = predicted(logits, labels, at_least=2)
     mu = competitors(z, targets, start, end)[0].mean(1)
     return mu.std().item(), (mu - z.mean(1)).std().item()
 
 
 @torch.no_grad()
 def wrong_mass(logits: Tensor, labels: Tensor) -> float:
-    """Mean probability of all tokens but the target."""
-    z, targets = logits[labels != IGNORED].double(), labels[labels != IGNORED]
+    """Mean probability of all tokens but the target. Raises UserError where nothing is predicted."""
+    z, targets = predicted(logits, labels, at_least=1)
     return (1 - z.softmax(1).gather(1, targets[:, None])).mean().item()
+
+
+def predicted(logits: Tensor, labels: Tensor, at_least: int) -> tuple[Tensor, Tensor]:
+    """Logits [N, V] in float64 and targets [N] of the positions with a target."""
+    there = labels != IGNORED
+    if there.sum() < at_least:
+        raise UserError(f"expected at least {at_least} positions with a target, got {int(there.sum())}; give more texts")
+    return logits[there].double(), labels[there]

@@ -32,6 +32,10 @@ class _Weighted:
 class LabelSmoothing(_Weighted):
     """The target takes 1 - weight, and all V tokens share the weight (Szegedy et al., CVPR 2016, section 7)."""
 
+    def __post_init__(self):
+        if not 0 <= self.weight <= 1:
+            raise UserError(f"expected a weight in [0, 1], which the target gives away, got {self.weight}")
+
     def term(self, logits: Tensor, labels: Tensor) -> Tensor:
         log_p = _wide(logits).log_softmax(-1)
         own = log_p.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
