@@ -1,6 +1,6 @@
 """Price of PRSL's penalty: time of a training step against one with cross-entropy, and memory against a full sort.
 
-    python benchmarks/prsl_step.py [--model tiny-vit-gpt2|full] [--batch 8] [--repeats 9]
+    python benchmarks/prsl_step.py [--model tiny-vit-gpt2|full] [--batch 64] [--repeats 9]
 
 Steps with and without the penalty run in turn, so that a busy machine slows both; the ratio is the median over the rounds.
 Targets: at most 1.10 times a step, and no tensor of indices as large as positions times vocabulary. The released order sorts
