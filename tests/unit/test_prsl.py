@@ -184,6 +184,16 @@ def test_a_text_of_its_own_and_the_scope_of_a_sequence(reading):
     assert config.penalty(logits, labels).item() == pytest.approx(sum(alone) / 3, rel=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+@pytest.mark.parametrize("reading", READINGS)
+def test_an_empty_text_among_others_has_no_gradient_and_no_nan(reading):
+    logits, labels = drawn(3, 4, 9, seed=8)
+    labels[0], labels[1] = torch.arange(4), IGNORED  # R1 leaves a text of one token alone
+    with torch.autograd.detect_anomaly():  # refuses a NaN anywhere in the backward pass
+        PrslConfig(reading, scope="sequence").penalty(logits.requires_grad_(), labels).backward()
+    assert torch.isfinite(logits.grad).all() and not logits.grad[1].any() and logits.grad[0].any()
+
+
 def test_the_loss_is_the_weighted_sum():
     logits, labels = drawn(3, 4, 9, seed=11)
     for reduction in ("mean", "none"):

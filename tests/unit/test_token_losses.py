@@ -15,7 +15,7 @@ def drawn(*shape):
     """Logits in float64, and labels with positions where nothing is predicted; text 1 has fewer words than text 0."""
     logits = 3 * torch.randn(*shape, generator=generator("logits"), dtype=torch.float64)
     labels = torch.randint(shape[-1], shape[:-1], generator=generator("labels"))
-    labels[1, 1:] = IGNORED
+    labels[0, 0], labels[1, 1:] = 0, IGNORED
     return logits, labels
 
 
