@@ -9,7 +9,7 @@ from toy_captioner import Leaning, backwards, right_at_pictures, sparse, task_of
 from robustvlm_lite.attacks import pgd
 from robustvlm_lite.attacks.captions import on_texts
 from robustvlm_lite.book.caption_checks import masking_checks
-from robustvlm_lite.book.captioning import TextTask, measure_texts, texts_of, worst_of
+from robustvlm_lite.book.captioning import measure_texts, texts_of, worst_of
 from robustvlm_lite.records import column
 from robustvlm_lite.runtime import UserError, generator
 from robustvlm_lite.threat import AuditError, ThreatModel
