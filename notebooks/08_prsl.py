@@ -50,6 +50,7 @@ import importlib.util
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -279,7 +280,7 @@ LOSSES = {"pgd-ce": captioner.cross_entropy, "pgd-prsl": strong, "pgd-margin": o
 
 
 def craft(model, x, truth, prompt, index, *, loss, eps, steps=sizes.n_steps, name="pgd"):
-    """PGD from a random start on fixed targets, with steps of ε/4, the best iterate of each scene."""
+    """PGD from a random start on the right texts, with steps of ε/4, the best iterate of each scene."""
     objective = on.on_texts(model, truth, prompt, loss)
     starts = [generator(seed, name, i) for i in index]
     return attacks.pgd(objective, x, ThreatModel(eps), n_steps=steps, n_restarts=sizes.restarts, generators=starts)
@@ -499,13 +500,18 @@ for m in sizes.answer_methods:
         was = captioning.measure_texts(run, answering[m, s], asked, m, s)
         rows = [attack_with(answering[m, s], (m, s), name, loss, sizes.answer_eps, asked) for name, loss in members(m).items() if name in ("pgd-ce", "pgd-margin", "pgd-own")]
         last, _ = captioning.worst_of(run, rows)
-    lines.append({"method": m, "clean": 100 * was.value} | {row.attack.removeprefix("pgd-"): 100 * row.value for row in rows} | {"worst": 100 * last.value})
+    large = attack_with(answering[m, s], (m, s), "pgd-ce", captioner.cross_entropy, 16.0, asked)
+    lines.append({"method": m, "clean": 100 * was.value} | {row.attack.removeprefix("pgd-"): 100 * row.value for row in rows} | {"worst": 100 * last.value, "ce, 16/255": 100 * large.value})
     book.glue(f"answers-{m}", lines[-1]["worst"])
-book.table(lines, formats={k: ".1f" for k in ("clean", "ce", "margin", "own", "worst")}, caption=f"{asked.name}, n = {n}: right answers in percent, clean and at ε = {sizes.answer_eps:g}/255.")
+book.table(lines, formats={k: ".1f" for k in ("clean", "ce", "margin", "own", "worst", "ce, 16/255")}, caption=f"{asked.name}, n = {n}: right answers in percent, clean and at ε = {sizes.answer_eps:g}/255.")
 
 # %% [markdown]
 # Worst case: {glue:text}`answers-CE:.0f` percent with cross-entropy, {glue:text}`answers-PRSL:.0f` with PRSL,
-# {glue:text}`answers-Adversarial training:.0f` with adversarial training.
+# {glue:text}`answers-Adversarial training:.0f` with adversarial training. Half of the questions ask for yes or no, so that even a large budget, in
+# the last column, leaves some answers right by chance.
+#
+# The image tower stays frozen, as in the release, for every method, adversarial training included. What can be attacked in the tower cannot
+# be mended behind it.
 #
 # ## Paper versus code
 #
@@ -528,11 +534,17 @@ for name, changed in VERSIONS.items():
     generations = ReleaseAttack(generations=4, **changed).run(models["CE", first_seed], few)
     right = [task.judge(texts, range(len(few))).all(1).float().mean().item() for _, texts in generations]
     lines.append({"version": name, "spent after 1 step": f"{spent_255(generations[1][0], few).mean():.0f}/255"} | {f"right, {k}": 100 * v for k, v in enumerate(right)})
+generations = replace(ReleaseAttack.blip2(), generations=4).run(answering["CE", first_seed], few, list(asked.prompt[: len(few)]))
+right = [asked.judge(texts, range(len(few))).float().mean().item() for _, texts in generations]
+lines.append({"version": "BLIP-2, as released", "spent after 1 step": f"{spent_255(generations[1][0], few).mean():.0f}/255"} | {f"right, {k}": 100 * v for k, v in enumerate(right)})
 book.glue("released-control", lines[1]["right, 1"])
 book.glue("released-clean", lines[1]["right, 0"])
-book.table(lines, formats={f"right, {k}": ".0f" for k in range(4)}, caption=f"Right captions in percent after 0 to 3 generations of the released script, and what one generation changed on the 8-bit image; n = {len(few)}.")
+book.table(lines, formats={f"right, {k}": ".0f" for k in range(4)}, caption=f"Right captions in percent after 0 to 3 generations of the released scripts, and what one generation changed on the 8-bit image; n = {len(few)}.")
 
 # %% [markdown]
+# On BLIP-2 the released attack does not know the question, leaves the range of pixels, and takes as target whatever the model says at the moment;
+# so it may walk back to a right answer.
+#
 # Without any gradient, one cycle of writing and reading takes right captions from {glue:text}`released-clean:.0f` to
 # {glue:text}`released-control:.0f` percent. Under such an attack every model ends at the same floor, and there is nothing left to compare.
 #
