@@ -50,6 +50,7 @@ import importlib.util
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -227,7 +228,7 @@ book.table(lines, caption="The same model with a constant added to the logits of
 live = {}
 for name in ("CE", "PRSL, strong"):
     loss = text_methods.text_method(name)
-    model, history = finetune(base, text_tuning.tuning_data(base), loss, Training(**sizes.tuning | {"steps": sizes.live}), seed=seed)
+    model, history = finetune(base, text_tuning.tuning_data(base, 64 * sizes.live), loss, Training(**sizes.tuning | {"steps": sizes.live}), seed=seed)
     live[name] = [sum(history[i : i + 5]) / 5 for i in range(0, len(history), 5)]
 book.table([{"method": m, "first 5 steps": v[0], "last 5 steps": v[-1]} for m, v in live.items()], formats=dict.fromkeys(("first 5 steps", "last 5 steps"), ".3f"),
            caption=f"Shortened: {sizes.live} steps instead of {sizes.tuning['steps']}. Loss as trained, penalty included, whose constant part dominates.")  # fmt: skip
@@ -279,7 +280,7 @@ LOSSES = {"pgd-ce": captioner.cross_entropy, "pgd-prsl": strong, "pgd-margin": o
 
 
 def craft(model, x, truth, prompt, index, *, loss, eps, steps=sizes.n_steps, name="pgd"):
-    """PGD from a random start on fixed targets, with steps of ε/4, the best iterate of each scene."""
+    """PGD from a random start on the right texts, with steps of ε/4, the best iterate of each scene."""
     objective = on.on_texts(model, truth, prompt, loss)
     starts = [generator(seed, name, i) for i in index]
     return attacks.pgd(objective, x, ThreatModel(eps), n_steps=steps, n_restarts=sizes.restarts, generators=starts)
@@ -302,7 +303,7 @@ def attack_with(model, key, name, loss, eps, data=task):
 found, worst, hardest = {}, {}, {}
 for key in models:
     for eps in sorted({*sizes.eps_grid, eps_255}):
-        chosen = members(key[0]) if eps == eps_255 else {k: v for k, v in members(key[0]).items() if k in ("pgd-ce", "pgd-own")}
+        chosen = members(key[0]) if eps == eps_255 else {k: v for k, v in members(key[0]).items() if k in ("pgd-ce", "pgd-own") or v == text_methods.text_method(key[0])}
         rows = [attack_with(models[key], key, name, loss, eps) for name, loss in chosen.items()]
         found |= {(key, eps, row.attack): row for row in rows}
         worst[key, eps], hardest[key, eps] = captioning.worst_of(run, rows)
@@ -400,7 +401,7 @@ book.published_table("08_prsl")
 book.sanity_table(masking_checks(models["PRSL, strong", first_seed], task, eps_255, n=min(n, sizes.checked), n_steps=sizes.n_steps))
 
 # %%
-THREE = ("CE", "PRSL", "PRSL, strong")
+TWO = ("CE", "PRSL")
 
 
 def by_torchattacks(model, x, truth, prompt, index, *, name):
@@ -425,15 +426,15 @@ def tried(method, name, by, **settings):
 
 
 MORE = {"centered": on.Centered(strong), "logits × 0.1": on.Scaled(0.1), "logits × 10": on.Scaled(10.0)}
-adaptive = {(m, name): attack_with(models[m, first_seed], (m, first_seed), f"pgd-{name}", loss, eps_255) for m in THREE for name, loss in MORE.items()}
-adaptive |= {(m, name): tried(m, name, partial(by_torchattacks, name=name), torchattacks=name) for m in THREE for name in ("mifgsm-10", "apgd-ce-20")}
+adaptive = {(m, name): attack_with(models[m, first_seed], (m, first_seed), f"pgd-{name}", loss, eps_255) for m in TWO for name, loss in MORE.items()}
+adaptive |= {(m, name): tried(m, name, partial(by_torchattacks, name=name), torchattacks=name) for m in TWO for name in ("mifgsm-10", "apgd-ce-20")}
 longer = partial(craft, loss=captioner.cross_entropy, eps=eps_255, steps=3 * sizes.n_steps, name="pgd-ce")
-adaptive |= {(m, f"PGD with {3 * sizes.n_steps} steps"): tried(m, f"pgd-ce-{3 * sizes.n_steps}", longer, steps=3 * sizes.n_steps) for m in THREE}
-adaptive |= {(m, "Adam on a tanh"): tried(m, "adam-tanh", by_adam, steps=sizes.n_steps) for m in THREE}
+adaptive |= {(m, f"PGD with {3 * sizes.n_steps} steps"): tried(m, f"pgd-ce-{3 * sizes.n_steps}", longer, steps=3 * sizes.n_steps) for m in TWO}
+adaptive |= {(m, "Adam on a tanh"): tried(m, "adam-tanh", by_adam, steps=sizes.n_steps) for m in TWO}
 adaptive |= {(m, "made on another"): tried(m, "transfer", partial(from_other, source=source), source=source, steps=sizes.n_steps)
-             for m, source in (("CE", "PRSL"), ("PRSL", "CE"), ("PRSL, strong", "CE"))}  # fmt: skip
-lines = [{"attack": name} | {m: 100 * adaptive[m, name].value for m in THREE} for name in dict.fromkeys(k[1] for k in adaptive)]
-book.table(lines, formats=dict.fromkeys(THREE, ".1f"), caption=f"Attackers who know more, and transfer between CE and PRSL: right captions in percent, ε = {eps_255:g}/255, n = {n}.")
+             for m, source in (TWO, TWO[::-1])}  # fmt: skip
+lines = [{"attack": name} | {m: 100 * adaptive[m, name].value for m in TWO} for name in dict.fromkeys(k[1] for k in adaptive)]
+book.table(lines, formats=dict.fromkeys(TWO, ".1f"), caption=f"Attackers who know more, and transfer between CE and PRSL: right captions in percent, ε = {eps_255:g}/255, n = {n}.")
 
 # %% [markdown]
 # The fourth column of a fair table would be an attacker nobody thought of. These are the ones that the loss itself suggests.
@@ -499,13 +500,18 @@ for m in sizes.answer_methods:
         was = captioning.measure_texts(run, answering[m, s], asked, m, s)
         rows = [attack_with(answering[m, s], (m, s), name, loss, sizes.answer_eps, asked) for name, loss in members(m).items() if name in ("pgd-ce", "pgd-margin", "pgd-own")]
         last, _ = captioning.worst_of(run, rows)
-    lines.append({"method": m, "clean": 100 * was.value} | {row.attack.removeprefix("pgd-"): 100 * row.value for row in rows} | {"worst": 100 * last.value})
+    large = attack_with(answering[m, s], (m, s), "pgd-ce", captioner.cross_entropy, 16.0, asked)
+    lines.append({"method": m, "clean": 100 * was.value} | {row.attack.removeprefix("pgd-"): 100 * row.value for row in rows} | {"worst": 100 * last.value, "ce, 16/255": 100 * large.value})
     book.glue(f"answers-{m}", lines[-1]["worst"])
-book.table(lines, formats={k: ".1f" for k in ("clean", "ce", "margin", "own", "worst")}, caption=f"{asked.name}, n = {n}: right answers in percent, clean and at ε = {sizes.answer_eps:g}/255.")
+book.table(lines, formats={k: ".1f" for k in ("clean", "ce", "margin", "own", "worst", "ce, 16/255")}, caption=f"{asked.name}, n = {n}: right answers in percent, clean and at ε = {sizes.answer_eps:g}/255.")
 
 # %% [markdown]
 # Worst case: {glue:text}`answers-CE:.0f` percent with cross-entropy, {glue:text}`answers-PRSL:.0f` with PRSL,
-# {glue:text}`answers-Adversarial training:.0f` with adversarial training.
+# {glue:text}`answers-Adversarial training:.0f` with adversarial training. Half of the questions ask for yes or no, so that even a large budget, in
+# the last column, leaves some answers right by chance.
+#
+# The image tower stays frozen, as in the release, for every method, adversarial training included. What can be attacked in the tower cannot
+# be mended behind it.
 #
 # ## Paper versus code
 #
@@ -528,11 +534,17 @@ for name, changed in VERSIONS.items():
     generations = ReleaseAttack(generations=4, **changed).run(models["CE", first_seed], few)
     right = [task.judge(texts, range(len(few))).all(1).float().mean().item() for _, texts in generations]
     lines.append({"version": name, "spent after 1 step": f"{spent_255(generations[1][0], few).mean():.0f}/255"} | {f"right, {k}": 100 * v for k, v in enumerate(right)})
+generations = replace(ReleaseAttack.blip2(), generations=4).run(answering["CE", first_seed], few, list(asked.prompt[: len(few)]))
+right = [asked.judge(texts, range(len(few))).float().mean().item() for _, texts in generations]
+lines.append({"version": "BLIP-2, as released", "spent after 1 step": f"{spent_255(generations[1][0], few).mean():.0f}/255"} | {f"right, {k}": 100 * v for k, v in enumerate(right)})
 book.glue("released-control", lines[1]["right, 1"])
 book.glue("released-clean", lines[1]["right, 0"])
-book.table(lines, formats={f"right, {k}": ".0f" for k in range(4)}, caption=f"Right captions in percent after 0 to 3 generations of the released script, and what one generation changed on the 8-bit image; n = {len(few)}.")
+book.table(lines, formats={f"right, {k}": ".0f" for k in range(4)}, caption=f"Right captions in percent after 0 to 3 generations of the released scripts, and what one generation changed on the 8-bit image; n = {len(few)}.")
 
 # %% [markdown]
+# On BLIP-2 the released attack does not know the question, leaves the range of pixels, and takes as target whatever the model says at the moment;
+# so it may walk back to a right answer.
+#
 # Without any gradient, one cycle of writing and reading takes right captions from {glue:text}`released-clean:.0f` to
 # {glue:text}`released-control:.0f` percent. Under such an attack every model ends at the same floor, and there is nothing left to compare.
 #

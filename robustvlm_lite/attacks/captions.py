@@ -5,15 +5,18 @@ loss that a defense was trained with is an objective as it stands. What no train
 steps: the truth, or the model's own clean text; never what it says at the moment (specification of arXiv 2402.03627, section 3.3).
 """
 
+import math
 from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..captioner import IGNORED, Captioner, TokenLoss, cross_entropy
+from ..runtime import UserError
 from .objectives import Objective
 
-SURE = 8.0  # head start of the first class in `TwoClasses`; with more, float32 rounds its gradient to 0
+SURE = 8.0  # head start of the first class in `TwoClasses`
+LEAST = -4.0  # loss below which float32 rounds the gradient of that head start away, at last to exactly 0
 
 
 def on_texts(model: Captioner, targets: Sequence[str], prompt: Sequence[str] | None = None, loss: TokenLoss = cross_entropy) -> Objective:
@@ -36,7 +39,8 @@ class FirstRight:
     """Cross-entropy of the earliest content word that is still right, [B]; of the whole text where none is.
 
     A greedy text changes from its first changed word on, so all of the budget goes there. skip: token ids of words that say
-    nothing of the image, such as articles.
+    nothing of the image, such as articles. Each content word that is lost before counts ln V, the most that a leading word's
+    own cross-entropy can be: the value never falls when a word is lost, or the best iterate would be one before that.
     """
 
     def __init__(self, skip: Collection[int] = ()):
@@ -49,9 +53,10 @@ class FirstRight:
         for token in self.skip:
             content = content & (labels != token)
         right = content & (logits.argmax(-1) == known)
+        lost = (content & (right.cumsum(1) == 0)).sum(1)
         first = right.int().argmax(1, keepdim=True)
         picked = torch.where(right.any(1), nll.gather(1, first)[:, 0], cross_entropy(logits, labels, "none"))
-        return _reduced(picked, reduction)
+        return _reduced(picked + lost.to(picked) * math.log(logits.shape[-1]), reduction)
 
 
 class Centered:
@@ -79,7 +84,7 @@ class TwoClasses(nn.Module):
 
     Logits [SURE - loss, 0]. With label 0 their cross-entropy is softplus(loss - SURE), which rises with the loss and calls an
     image done only where its mean token loss is SURE; sign steps, momentum and APGD's halving see the order of values, and that
-    is the loss's own.
+    is the loss's own. Raises UserError for a loss below LEAST, such as the margin of a sure text: it would have no gradient left.
     """
 
     def __init__(self, model: Captioner, targets: Sequence[str], prompt: Sequence[str] | None = None, loss: TokenLoss = cross_entropy):
@@ -88,6 +93,8 @@ class TwoClasses(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         loss = self.objective(x)
+        if (least := loss.detach().amin().item()) < LEAST:
+            raise UserError(f"expected a loss of at least {LEAST:g}, got {least:.1f}, where two classes have no gradient; use pgd")
         return torch.stack([SURE - loss, torch.zeros_like(loss)], dim=1)
 
 

@@ -14,6 +14,7 @@ from ..threat import ThreatModel
 from .captioning import TextTask
 
 LARGE_255, SIGNS_MIN, ZERO_MAX, LEFT_MAX = 16.0, 0.95, 0.1, 0.05
+FLAT = 0.95  # of the loss at step 5: what later steps may give back, since sign steps bounce at the edge of the ball
 
 
 def masking_checks(model: Captioner, task: TextTask, eps_255: float, *, n: int = 32, n_steps: int = 20) -> list[Check]:
@@ -25,19 +26,21 @@ def masking_checks(model: Captioner, task: TextTask, eps_255: float, *, n: int =
     def right(images) -> float:
         return task.judge(model.generate(images, prompt), index).all(1).float().mean().item()
 
-    def attacked(steps: int, threat=threat, start="uniform") -> torch.Tensor:
-        return pgd(objective, x, threat, n_steps=steps, start=start, generators=[generator("check", i) for i in index])
+    def attacked(steps: int, threat=threat, **options) -> torch.Tensor:
+        return pgd(objective, x, threat, n_steps=steps, generators=[generator("check", i) for i in index], **options)
 
     gradient = value_and_grad(objective, x)[1]
     zero = (gradient == 0).float().mean().item()
     exact = copy.deepcopy(model).double()
-    signs = value_and_grad(on_texts(exact, truth, prompt), x.double())[1].sign()
-    strong = gradient.abs() > gradient.abs().flatten(1).median(1).values.view(-1, 1, 1, 1)
-    agree = (signs.float() == gradient.sign())[strong].float().mean().item()
-    losses = [objective(v).mean().item() for v in (x, attacked(1), attacked(5), attacked(n_steps))]
-    noise, one, many = right(attacked(0, start="corner")), right(attacked(1)), right(attacked(n_steps))
+    wide = value_and_grad(on_texts(exact, truth, prompt), x.double())[1]
+    strong = wide.abs() > wide.abs().flatten(1).median(1).values.view(-1, 1, 1, 1)  # by float64: what float32 lost is 0 there
+    agree = (wide.sign() == gradient.sign())[strong].float().mean().item()
+    # The best iterate of more steps is never worse: only the last one shows whether the attack climbs.
+    losses = [objective(v).mean().item() for v in (x, *(attacked(k, start="zero", keep="last") for k in (1, 5, n_steps)))]
+    rising = losses[0] < losses[1] < losses[2] and losses[3] >= FLAT * losses[2]
+    full = attacked(1, start="zero", step_255=eps_255, keep="last")
+    noise, one, many = right(attacked(0, start="corner")), right(full), right(attacked(n_steps))
     large = right(attacked(n_steps, ThreatModel(LARGE_255)))
-    rising = all(a < b for a, b in zip(losses, losses[1:], strict=False))
     shares = {name: f"{100 * value:.0f} %" for name, value in (("noise", noise), ("one", one), ("many", many), ("large", large))}
     rows = (
         ("a gradient reaches the image", zero <= ZERO_MAX, f"{100 * zero:.1f} % of pixels have none; mean size {gradient.abs().mean():.1e}",
@@ -48,7 +51,7 @@ def masking_checks(model: Captioner, task: TextTask, eps_255: float, *, n: int =
          "An objective that does not rise was not attacked."),
         ("noise is weaker", noise > many, f"right: {shares['noise']} under random signs, {shares['many']} under PGD-{n_steps}",
          "An attack that random signs equal has found nothing."),
-        ("one step is weaker", one >= many, f"right: {shares['one']} after one step, {shares['many']} after {n_steps}",
+        ("one step is weaker", one >= many, f"right: {shares['one']} after one step of ε, {shares['many']} after {n_steps}",
          "Where one step does more than many, the gradient misleads."),
         ("a large budget wins", large <= LEFT_MAX, f"right at {LARGE_255:g}/255: {shares['large']}",
          "Text that survives this was not attacked."),

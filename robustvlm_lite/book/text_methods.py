@@ -14,7 +14,7 @@ TEXT_METHODS: dict[str, TokenLoss] = {
     "CE": cross_entropy,
     "PRSL": PrslConfig(b=1e-5),
     "PRSL, strong": PrslConfig(b=1e-1),
-    "Top-K variance": PrslConfig("topk_variance", b=1e-2),
+    "Top-K variance": PrslConfig("topk_variance", b=1e-1),
     "Top-K mass": PrslConfig("topk_mass", b=1.0),
     "Label smoothing": LabelSmoothing(0.1),
     "Confidence penalty": ConfidencePenalty(0.1),
