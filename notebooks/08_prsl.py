@@ -419,8 +419,7 @@ book.published_table("08_prsl")
 # correction is small beside the difference between two windows. At the eleventh picture every model lies below its floor: the attacked captions
 # are less like the clean ones than a caption of some other image is.
 #
-# With one training run a model, nothing in these logs says whether the order of the rows would come out again. The authors cannot be blamed
-# for a missing floor: hardly any paper on attacked captions prints one.
+# With one training run a model, nothing in these logs says whether the order of the rows would come out again.
 #
 # ## Were these attacks attacks?
 #
@@ -527,7 +526,7 @@ for m in sizes.answer_methods:
         rows = [attack_with(answering[m, s], (m, s), name, loss, sizes.answer_eps, asked) for name, loss in members(m).items() if name in ("pgd-ce", "pgd-margin") or loss == text_methods.text_method(m)]
         last, _ = captioning.worst_of(run, rows)
     large = attack_with(answering[m, s], (m, s), "pgd-ce", captioner.cross_entropy, 16.0, asked)
-    own = rows[-1 if len(rows) > 2 else 0]
+    own = next((r for r in rows if r.attack in ("pgd-own", "pgd-prsl")), rows[0])
     lines.append({"method": m, "clean": 100 * was.value, "ce": 100 * rows[0].value, "own loss": 100 * own.value, "worst": 100 * last.value, "ce, 16/255": 100 * large.value})
     book.glue(f"answers-{m}", lines[-1]["worst"])
 book.table(lines, formats={k: ".1f" for k in lines[0] if k != "method"}, caption=f"{asked.name}, n = {n}: right answers in percent, clean and under PGD-{sizes.n_steps} at ε = {sizes.answer_eps:g}/255; worst case over cross-entropy, margin and the own loss.")
