@@ -25,7 +25,7 @@ from tqdm import tqdm
 from robustvlm_lite.captioner import Captioner, cross_entropy, load_captioner, new_captioner
 from robustvlm_lite.captioner.loading import BUNDLED, config_file
 from robustvlm_lite.runtime import generator, sha256, versions
-from robustvlm_lite.scenes.duo import DuoScenes, ask, sample_duos, slots_right
+from robustvlm_lite.scenes.duo import KINDS, DuoScenes, ask, sample_duos, slots_right
 from robustvlm_lite.stats import wilson
 
 # ViT's names of the weights of one layer, by BLIP-2's names
@@ -38,7 +38,6 @@ BLOCK = {
     "mlp.fc2": "mlp.fc2",
 }
 STEPS = {"tiny-vit-gpt2": 7000, "tiny-blip2": 3500}
-KINDS = ("what", "what", "yes", "no")  # questions asked of each picture in a step
 
 
 @dataclass(frozen=True)

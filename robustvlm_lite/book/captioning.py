@@ -13,13 +13,12 @@ from ..captioner import Captioner
 from ..evaluate import worst_case
 from ..records import Cell, Row, column, records_table
 from ..runtime import generator, weights_sha256
-from ..scenes.duo import DuoScenes, ask, sample_duos, slots_right
+from ..scenes.duo import KINDS, DuoScenes, ask, sample_duos, slots_right
 from ..stats import paired_bootstrap, wilson
 from ..text_metrics import CaptionMetrics, Consistency, consistency, paired_corrected
 from ..threat import ThreatModel, audit, to_8bit
 
 BATCH = 64
-KINDS = ("what", "what", "yes", "no")  # questions in turn, one a scene
 
 Judge = Callable[[Sequence[str], Sequence[int]], Tensor]  # texts about the images of these indices -> which slots are right [n, k]
 Craft = Callable[[Captioner, Tensor, list[str], list[str] | None, list[int]], Tensor]  # model, x, truth, prompt, index -> x_adv

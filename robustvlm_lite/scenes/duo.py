@@ -24,6 +24,7 @@ SLOTS = ("size", "color", "shape", "relation", "size", "color", "shape")
 EDGE, GAP = 0.01, 0.02  # free rim of the image; free space between objects
 CLEAR, LEFT = 0.15, 0.08  # by how much one axis decides the relation; by how much one object is the left one at least
 CHUNK = 256
+KINDS = ("what", "what", "yes", "no")  # of questions, in turn: half of them ask for a word
 
 
 class Duo(NamedTuple):

@@ -98,6 +98,7 @@ def test_committed_notes_fit_their_columns_and_the_recipe_holds_what_won():
     notes = yaml.safe_load(asset("clip", "notes.yml").read_text(encoding="utf-8"))
     every = [note for section in notes.values() for note in section]
     assert all(len(row) == len(note["columns"]) for note in every for row in note["rows"].values())
+    assert [len(book.notes_tables(section)) for section in notes] == [len(section) for section in notes.values()]
     (whole,) = (note for note in notes["tried"] if "whole run" in note["question"])
     best = max(whole["rows"], key=lambda name: sum(whole["rows"][name]))
     assert float(best.removeprefix("decay ")) == pretrain_clip.Recipe().weight_decay_muon
