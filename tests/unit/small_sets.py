@@ -6,6 +6,8 @@ Each function writes below a folder and returns {class key of the layout: red le
 import io
 import json
 import pickle
+import tarfile
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +26,30 @@ def flat(red: int, side: int = 8) -> bytes:
     """A PNG of one color."""
     buffer = io.BytesIO()
     Image.new("RGB", (side, side), (red, 0, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def tar(members, links=()) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+        for name, target in links:
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = tarfile.SYMTYPE, target
+            archive.addfile(info)
+    return buffer.getvalue()
+
+
+def zipped(members, mode=0o100644) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, content in members.items():
+            info = zipfile.ZipInfo(name)
+            info.external_attr = mode << 16
+            archive.writestr(info, content)
     return buffer.getvalue()
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from toy_maps import moved
 
 from robustvlm_lite import attention, transformer
 from robustvlm_lite.attention import map_distance, text_map
@@ -30,12 +31,7 @@ def enlarge(m, side=224):
 @pytest.fixture(scope="module")
 def clip(random_clip):
     """Every weight moved, so that a bias or a gain left out would show."""
-    clip = copy.deepcopy(random_clip)
-    g = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for p in clip.visual.parameters():
-            p.add_(0.1 * torch.randn(p.shape, generator=g))
-    return clip.requires_grad_(False)
+    return moved(random_clip, 0.1).float()
 
 
 @pytest.fixture(scope="module")

@@ -1,78 +1,17 @@
 """Evaluation, its records, its store. Models and attacks are toys whose right answers are known by hand."""
 
-import re
-from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from toy_gray import DATA, Jitter, Shift, Threshold, run, toy
 
-from robustvlm_lite import records as records_module
-from robustvlm_lite.data.imageset import ImageSet
 from robustvlm_lite.evaluate import PassCounter, clean_row, evaluate, images_row, paired, weights_sha256, worst_case
-from robustvlm_lite.records import CELL, SCHEMA, Store, column, select, verdicts, write_whole
-from robustvlm_lite.runtime import UserError, eval_mode, generator
+from robustvlm_lite.records import CELL, SCHEMA, column, select, verdicts
+from robustvlm_lite.runtime import UserError, eval_mode
 from robustvlm_lite.stats import wilson
 from robustvlm_lite.threat import AuditError, ThreatModel
-
-
-class Threshold(nn.Module):
-    """Class 1 where the mean pixel is above 0.5; the margin is twice the distance to it, times a scale."""
-
-    def __init__(self, scale=10.0):
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(scale))
-
-    def forward(self, x):
-        z = self.scale * (x.mean(dim=(1, 2, 3)) - 0.5)
-        return torch.stack([-z, z], dim=1)
-
-
-@dataclass(frozen=True)
-class Shift:
-    """Moves every pixel by `share` of the budget against the label; `calls` counts the images it was given."""
-
-    name: str = "shift-1"
-    share: float = 1.0
-    source: str = "own"
-    params: dict = field(default_factory=dict)
-    n_steps: int = 1
-    calls: list = field(default_factory=list, compare=False)
-
-    def step_255(self, threat):
-        return threat.eps_255
-
-    def run(self, model, x, y, threat, keys):
-        self.calls.append(list(keys))
-        with torch.enable_grad():
-            x = x.clone().requires_grad_()
-            torch.autograd.grad(model(x).sum(), x)
-        away = (1 - 2 * y.float())[:, None, None, None]
-        return (x.detach() + self.share * threat.eps * away).clamp(0, 1)
-
-
-class Jitter(Shift):
-    """A random perturbation that depends on the image's key only."""
-
-    def run(self, model, x, y, threat, keys):
-        noise = torch.stack([torch.rand(x.shape[1:], generator=generator(*key)) for key in keys])
-        return (x + threat.eps * (2 * noise - 1)).clamp(0, 1)
-
-
-def toy(levels, labels, name="toy/gray"):
-    """Gray 4x4 images of the given 8-bit levels."""
-    images = torch.tensor(levels, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 4, 4).contiguous()
-    return ImageSet(name, images, torch.tensor(labels), ("dark", "bright"), ("a {} image",))
-
-
-# Distances to 127.5:           62.5, 2.5, 0.5, wrong, 1.5, 72.5
-DATA = toy([65, 125, 127, 140, 129, 200], [0, 0, 0, 0, 1, 1])
-
-
-def run(model=None, data=DATA, attacks=(), **options):
-    options = {"method": "toy", "batch_size": 4, "progress": False} | options
-    return evaluate(model or Threshold(), data, list(attacks), **options)
 
 
 def test_rows_values_and_records():
@@ -292,107 +231,6 @@ def test_verdicts_of_a_row_come_back_from_all_records():
     assert len(select(everything, attack="half", eps_255=2)) == 6
     with pytest.raises(UserError, match="one record per image"):
         verdicts(everything, rows[1].as_dict() | {"method": "absent"})
-
-
-# ---- the store
-
-
-def interrupted(store, fail_at, **options):
-    """Two cells, of which the second dies; then the same call again with a counted attack."""
-
-    class Dies(Shift):
-        def run(self, *args):
-            raise KeyboardInterrupt
-
-    attacks = [(Shift(), ThreatModel(1)), (Dies(name="late"), ThreatModel(fail_at))]
-    with pytest.raises(KeyboardInterrupt):
-        run(attacks=attacks, store=store, **options)
-
-
-def test_a_killed_run_goes_on_and_gives_the_same(tmp_path):
-    store = Store(tmp_path)
-    interrupted(store, 2)
-    (tmp_path / "half-written.parquet.tmp").write_bytes(b"PAR1")
-    again = Shift(calls=[])
-    late = Shift(name="late", calls=[])
-    resumed = run(attacks=[(again, ThreatModel(1)), (late, ThreatModel(2))], store=Store(tmp_path))
-    assert not again.calls and late.calls
-    straight = run(attacks=[(again, ThreatModel(1)), (late, ThreatModel(2))])
-    for a, b in zip(resumed, straight, strict=True):
-        assert a.as_dict() | {"seconds": 0} == b.as_dict() | {"seconds": 0}
-        assert a.records == b.records
-
-
-def test_parameters_that_share_a_name_with_the_key_do_not_hide_it(tmp_path):
-    options = {"store": Store(tmp_path), "attacks": [(Shift(params={"method": "apgd-ce", "n": 3}), ThreatModel(2))]}
-    names = {run(method=name, **options)[1].method for name in ("TeCoA", "FARE")}
-    assert names == {"TeCoA", "FARE"} and len(list(tmp_path.glob("*.parquet"))) == 4
-
-
-CHANGES = {
-    "subset": {"data": DATA.take([0, 1, 2])},
-    "other images": {"data": toy([65, 125, 127, 140, 129, 201], [0, 0, 0, 0, 1, 1])},
-    "other labels": {"data": toy([65, 125, 127, 140, 129, 200], [0, 0, 0, 1, 1, 1])},
-    "other weights": {"model": Threshold(11.0)},
-    "fingerprint": {"fingerprint": "template set 2"},
-    "seed": {"seed": 1},
-    "method": {"method": "toy 2"},
-    "surface": {"surface": Threshold(12.0)},
-    "ε": {"attacks": [(Shift(calls=[]), ThreatModel(3))]},
-    "parameters": {"attacks": [(Shift(calls=[], params={"n_restarts": 5}), ThreatModel(2))]},
-    "source": {"attacks": [(Shift(calls=[], source="torchattacks"), ThreatModel(2))]},
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_changed_key_is_computed_again(tmp_path, change):
-    options = {"store": Store(tmp_path), "attacks": [(Shift(calls=[]), ThreatModel(2))]}
-    run(**options)
-    changed = options | CHANGES[change]
-    attack = changed["attacks"][0][0]
-    attack.calls.clear()
-    rows = run(**changed)
-    assert attack.calls
-    assert rows[1].n == len(changed.get("data", DATA))
-
-
-def test_changed_code_is_computed_again(tmp_path, monkeypatch):
-    run(store=Store(tmp_path))
-    monkeypatch.setattr(records_module, "code_sha256", lambda chapter: "other code")
-    run(store=Store(tmp_path))
-    assert len(list(tmp_path.glob("*.parquet"))) == 2
-
-
-def test_a_damaged_or_foreign_cell_is_computed_again(tmp_path):
-    run(store=Store(tmp_path))
-    (path,) = tmp_path.glob("*.parquet")
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
-    assert run(store=Store(tmp_path))[0].value == 5 / 6
-    assert path.read_bytes() == whole or len(path.read_bytes()) > len(whole) // 2  # mended
-    run(data=DATA.take([0, 1, 2]), store=Store(tmp_path))
-    small = next(p for p in tmp_path.glob("*.parquet") if p != path)
-    path.write_bytes(small.read_bytes())  # a subset's file under the whole cell's name
-    assert run(store=Store(tmp_path))[0].n == 6
-    run(Threshold(-10.0), store=Store(tmp_path))
-    other = next(p for p in tmp_path.glob("*.parquet") if p not in (path, small))
-    path.write_bytes(other.read_bytes())  # as many images, but of other weights
-    assert run(store=Store(tmp_path))[0].value == 5 / 6
-
-
-def test_unwritable_and_full_are_one_line_with_the_path(tmp_path):
-    blocked = tmp_path / "file"
-    blocked.write_text("not a folder")
-    with pytest.raises(UserError, match=re.escape(str(blocked))):
-        run(store=Store(blocked / "cells"))
-
-    def full(path):
-        path.write_bytes(b"some")
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(UserError, match=r"cannot write .*card\.json: No space left on device"):
-        write_whole(tmp_path / "card.json", full)
-    assert not (tmp_path / "card.json").exists()
 
 
 def test_weights_hash():

@@ -1,7 +1,6 @@
 """The scripts that made the bundled CLIP: stream of captions, vocabulary, sizes, loss."""
 
 import csv
-import gzip
 import io
 import json
 import os
@@ -13,8 +12,6 @@ import sys
 import time
 
 import contrastive
-import grow_clip
-import learn_bpe
 import mixture
 import numpy as np
 import pretrain_clip
@@ -29,7 +26,7 @@ from PIL import Image
 from robustvlm_lite import clip as clip_room
 from robustvlm_lite import scenes
 from robustvlm_lite.clip import load_clip
-from robustvlm_lite.runtime import PACKAGE, asset
+from robustvlm_lite.runtime import PACKAGE
 
 # --- the stream
 
@@ -189,46 +186,6 @@ def test_augmented_images_are_crops_of_the_asked_size():
     assert 0.74 < level.min() < 0.9 < 1.1 < level.max() < 1.26
 
 
-# --- vocabulary
-
-
-def tokenizer(path):
-    from open_clip.tokenizer import SimpleTokenizer
-
-    return SimpleTokenizer(bpe_path=str(path))
-
-
-def test_learned_merges_make_one_token_of_each_word(tmp_path, monkeypatch):
-    """Of the rendered world's words, written and read back in CLIP's own format."""
-    words = learn_bpe.WORD.findall(" ".join(scenes.caption_vocabulary()).lower())
-    monkeypatch.setattr(learn_bpe, "words", lambda root: learn_bpe.collections.Counter(words))
-    monkeypatch.setattr(learn_bpe, "asset", lambda *parts: tmp_path.joinpath(*parts))
-    monkeypatch.setattr("sys.argv", ["learn_bpe.py", "--data-root", "unused"])
-    learn_bpe.main()
-    encode = tokenizer(tmp_path / "clip" / "bpe.txt.gz").encode
-    assert {w: len(encode(w)) for w in words} == dict.fromkeys(words, 1)
-    assert len(encode("hippopotamus")) > 1
-
-
-def test_merges_are_greedy_and_ties_go_by_spelling():
-    merges = learn_bpe.learn(learn_bpe.collections.Counter({"abab": 3, "abc": 2, "xy": 1}), 3)
-    assert merges == [("a", "b"), ("a", "b</w>"), ("ab", "ab</w>")]
-
-
-def test_the_bundled_vocabulary_covers_captions_and_prompts(data_root):
-    encode = tokenizer(asset("clip", "bpe.txt.gz")).encode
-    words = learn_bpe.words(data_root)
-    several = [w for w in words if len(encode(w)) > 1]
-    assert len(words) > 600 and not several, several
-
-
-def test_the_bundled_vocabulary_fits_the_model():
-    merges = gzip.decompress(asset("clip", "bpe.txt.gz").read_bytes()).decode().split("\n")[1:]
-    config = json.loads(asset("clip", "nano.json").read_text())["text_cfg"]
-    assert config["vocab_size"] == 512 + len(merges) + 2 == tokenizer(asset("clip", "bpe.txt.gz")).vocab_size
-    assert config["context_length"] >= 16 + 2 + 10, "16 context tokens, start, end and a long class name"
-
-
 # --- the training script
 
 
@@ -282,7 +239,9 @@ def test_the_loss_is_the_cross_entropy_within_each_group(random_clip, stream):
     text = random_clip.encode_text(captions)
     for rows, target, where in groups:
         logits = random_clip.logit_scale * image[rows] @ text[where].T
-        shares = target if target.is_floating_point() else F.one_hot(target, len(where))  # of mixed images, or one class
+        shares = (
+            target if target.is_floating_point() else F.one_hot(target, len(where))
+        )  # of mixed images, or one class
         total = total - (shares * logits.log_softmax(1)).sum()
     assert loss.item() == pytest.approx(total.item() / 12, rel=1e-4)
 
@@ -385,61 +344,3 @@ def test_a_run_that_is_killed_resumes_to_the_same_bits(packs, tmp_path):
         run.pop("wall_s")
         assert [line.pop("seconds") >= 0 for line in run["validation_curve"]] == [True]
     assert made[0] == made[1] and made[0]["recipe"]["save_every"] == 3 and made[0]["images_seen"] == 120
-
-
-# --- growing a wider tower from a trained one
-
-
-def towers():
-    """A random old tower of two heads and three blocks, and an empty one of three heads and five."""
-    from open_clip.model import CLIP
-
-    text = {"context_length": 8, "vocab_size": 50, "width": 32, "heads": 2, "layers": 1}
-    vision = {"image_size": 64, "patch_size": 8, "head_width": 32}
-    torch.manual_seed(3)
-    old = CLIP(16, vision | {"layers": 3, "width": 64}, text)
-    for p in old.parameters():
-        torch.nn.init.normal_(p, std=0.2)
-    return old.eval(), CLIP(16, vision | {"layers": 5, "width": 96}, text).eval()
-
-
-def test_a_grown_tower_computes_the_same_and_every_new_weight_learns():
-    old, new = towers()
-    # A stream of mean zero is what the widened layer norms reproduce to their epsilon.
-    torch.nn.init.ones_(old.visual.ln_pre.weight)
-    torch.nn.init.zeros_(old.visual.ln_pre.bias)
-    grow_clip.grow(old, new)
-    x, ids = torch.rand(4, 3, 64, 64), torch.randint(1, 40, (3, 8))
-    want, got = old.encode_image(x), new.encode_image(x)
-    assert (want - got).norm() < 1e-3 * want.norm()
-    assert torch.equal(old.encode_text(ids), new.encode_text(ids))
-    sgd = torch.optim.SGD(new.visual.parameters(), lr=1e-3)
-    for _ in range(2):  # what an added block reads has a gradient once the block writes, after a step
-        sgd.zero_grad()
-        new.encode_image(x).square().sum().backward()
-        still = [name for name, p in new.visual.named_parameters() if p.grad is None or not p.grad.any()]
-        rows = new.visual.conv1.weight.grad[64:], new.visual.transformer.resblocks[0].attn.out_proj.weight.grad[64:]
-        assert all(part.flatten(1).abs().amax(dim=1).min() > 0 for part in rows), "no new dimension is left unwritten"
-        sgd.step()
-    assert not still, "these never move"
-
-
-def test_the_constant_of_new_dimensions_makes_up_for_a_stream_with_a_mean(monkeypatch):
-    old, new = towers()
-    torch.nn.init.ones_(old.visual.ln_pre.weight)
-    torch.nn.init.constant_(old.visual.ln_pre.bias, 0.7)
-    x = torch.rand(4, 3, 64, 64)
-    off = {}
-    for constant in (0.7, 0.0):
-        monkeypatch.setattr(grow_clip, "stream_mean", lambda visual, constant=constant: constant)
-        want, got = old.encode_image(x), grow_clip.grow(old, new).encode_image(x)
-        off[constant] = ((want - got).norm() / want.norm()).item()
-    assert off[0.7] < 1e-3 < 0.05 < off[0.0]
-
-
-def test_added_blocks_stand_between_the_old_ones():
-    assert grow_clip.sources(6, 4) == [0, None, 1, None, 2, 3]
-    assert grow_clip.sources(4, 4) == [0, 1, 2, 3]
-    for new, old in ((8, 4), (5, 3), (12, 4)):
-        placed = grow_clip.sources(new, old)
-        assert [k for k in placed if k is not None] == list(range(old)) and placed[-1] == old - 1
