@@ -1,0 +1,229 @@
+"""Every CLIP defense as one kind of candidate: what judges an image, what an attacker may go through, and what an answer costs."""
+
+import gc
+import hashlib
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .. import attacks, defenses, evaluate
+from ..attacks import Attack, renamed
+from ..clip import ZeroShotCLIP
+from ..data import ImageSet
+from ..defenses import Defense, Recipe
+from ..records import Row
+from ..stats import bootstrap_mean
+from .at_test_time import craft
+from .markup import Html, table
+from .measure import measure_images
+
+PLAIN = ("a photo of a {}.",)  # the template of every defense at test time, and of learned prompts
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A defended classifier of one data set.
+
+    model: pixels [B, 3, S, S] in [0, 1] to logits [B, C]; it judges. ways: name of an attack -> (the attack, what it
+    differentiates), all that an attacker who knows this defense tries. counted: passes (image forwards, image backwards,
+    class texts) of one image, a reader of the model's own counter where there is one.
+    """
+
+    name: str
+    kind: str
+    model: nn.Module
+    ways: Mapping[str, tuple[Attack, nn.Module]] = field(default_factory=dict)
+
+
+def static(name: str, kind: str, defense: Defense, data: ImageSet, specs: Sequence[str]) -> Candidate:
+    """A model that answers alike whenever asked: each attack of `specs` goes straight through it."""
+    model = defense.classifier(data.class_names, data.templates)
+    surface = defense.attack_surface(model)
+    return Candidate(name, kind, model, {spec: (attacks.get_attack(spec), surface) for spec in specs})
+
+
+def at_test_time(
+    name: str, kind: str, clip: ZeroShotCLIP, method: str, data: ImageSet, *, n_views: int, few: int, steps: int, spec: str
+) -> Candidate:
+    """A method of `defenses.TEST_TIME` in front of a CLIP, fine-tuned or not, answering from `n_views` views.
+
+    The attacker goes through `few` views, new ones in each of `steps` steps (EOT): on the cross-entropy, on the margin,
+    and, where a prompt is tuned, through the step with a slope for its sign. `spec` attacks the tower behind it alone.
+    """
+    recipe = defenses.TEST_TIME[method]
+    built = defenses.build_test_time(method, clip, recipe and recipe.fewer(n_views))
+    model = built.classifier(data.class_names, PLAIN)
+    target = model.fewer(few).fast() if isinstance(recipe, Recipe) else model
+    through, tower = attacks.expectation(steps), clip.classifier(data.class_names, PLAIN).fast()
+    ways = {f"{spec} on its tower": (attacks.get_attack(spec), tower), "eot": (through, target)}
+    ways["eot, margin"] = (attacks.expectation(steps, objective="margin"), target)
+    if isinstance(recipe, Recipe) and recipe.loss:
+        ways["eot, step"] = (through, target.smooth())
+    return Candidate(name, kind, model, ways)
+
+
+def crafted(run, attack: Attack, surface: nn.Module, data: ImageSet, eps_255: float, name: str, batch: int = 16) -> Tensor:
+    """As `craft`: attacked images [N, 3, S, S] on the 8-bit grid; those of an interrupted run are found again in its folder."""
+    key = repr((run.seed, data.sha256, eps_255, name, attack.params, attack.n_steps, evaluate.weights_sha256(surface)))
+    path = run.out / "crafted" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+    if path.exists():
+        return load_file(path)["images"].float() / 255
+    images = craft(run, attack, surface, data, eps_255, name, batch)
+    path.parent.mkdir(exist_ok=True)
+    part = path.with_suffix(".part")
+    save_file({"images": (255 * images).round().to(torch.uint8)}, part)
+    part.replace(path)
+    return load_file(path)["images"].float() / 255
+
+
+def besieged(run, candidate: Candidate, data: ImageSet, shared: Mapping[str, Tensor], eps_255: float) -> tuple[list[Row], Row]:
+    """(rows, worst case) of a candidate: clean, on the images that everybody is shown, and on those made against it.
+
+    The worst case counts an image as lost if any attack takes it. All verdicts of a random model use one draw an image,
+    which no attack has seen, so k attacks are not k chances.
+    """
+    rows = [measure_images(run, candidate.name, candidate.model, data, data.pixels(), "none", 0.0)]
+    shown = dict(shared)
+    for way, (attack, surface) in candidate.ways.items():
+        shown[way] = crafted(run, renamed(attack, way), surface, data, eps_255, f"{way}, {candidate.name}")
+    rows += [measure_images(run, candidate.name, candidate.model, data, x_adv, way, eps_255) for way, x_adv in shown.items()]
+    worst = evaluate.worst_case(rows)
+    run.card.add(worst)
+    return rows, worst
+
+
+# ---- the price of an answer
+
+
+class _Held(TorchDispatchMode):
+    """Watches every tensor that is made, and the largest number of bytes that were alive at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self._known = 0, 0, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for made in tree_leaves(out):
+            if isinstance(made, Tensor):
+                self._watch(made.untyped_storage())
+        return out
+
+    def _watch(self, storage) -> None:
+        place = storage._cdata
+        if place in self._known:
+            return
+        size = storage.nbytes()
+        self._known.add(place)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._release, place, size)
+
+    def _release(self, place: int, size: int) -> None:
+        self._known.discard(place)
+        self.now -= size
+
+
+def peak_bytes(function: Callable[[], object]) -> int:
+    """The most bytes of tensors that `function` held at once; weights and inputs that were there before do not count."""
+    gc.collect()
+    held = _Held()
+    with held:
+        kept = function()
+    del kept
+    return held.peak
+
+
+@dataclass(frozen=True)
+class Price:
+    """Of one clean image: seconds (mean, low, high over rounds), MiB held at once, and passes through the towers."""
+
+    seconds: tuple[float, float, float]
+    mebibytes: float
+    forwards: float
+    backwards: float
+    texts: float
+
+
+def prices(run, candidates: Sequence[Candidate], data: ImageSet, *, rounds: int = 3) -> dict[str, Price]:
+    """Each candidate asked about all images of `data`, one after the other in every round; rows go into the card.
+
+    Seconds and passes are per image of the batch, memory is of the whole batch, divided by its size.
+    """
+    x, index, n = data.pixels().to(run.device), range(len(data)), len(data)
+    asked = {c.name: evaluate.for_images(c.model, data, index, run.seed) for c in candidates}
+    seconds, found = {name: [] for name in asked}, {}
+    with torch.no_grad():
+        for _ in range(rounds + 1):  # the first round warms up
+            for name, model in asked.items():
+                began = time.perf_counter()
+                model(x)
+                if run.device.type == "cuda":
+                    torch.cuda.synchronize()
+                seconds[name].append((time.perf_counter() - began) / n)
+        for c in candidates:
+            before = _passes(c.model)
+            held = peak_bytes(lambda model=asked[c.name]: model(x)) / 2**20 / n
+            spent = [(b - a) / n for a, b in zip(before, _passes(c.model), strict=True)]
+            kept = np.array(seconds[c.name][1:])
+            mean, interval = kept.mean().item(), bootstrap_mean(kept)
+            forwards, backwards, texts = spent if hasattr(c.model, "passes") else (1.0, 0.0, 0.0)
+            found[c.name] = Price((mean, *interval), held, forwards, backwards, texts)
+            where = (c.name, data.name, "none", 0.0)
+            run.card.add(Row(*where, "image_s", rounds, mean, interval, extra={"seed": run.seed}))
+            run.card.add(Row(*where, "image_mib", n, held, (held, held), extra={"seed": run.seed}))
+    return found
+
+
+def _passes(model: nn.Module) -> list[int]:
+    passes = getattr(model, "passes", None)
+    return [passes.image_forwards, passes.image_backwards, passes.text_forwards] if passes else [0, 0, 0]
+
+
+def price_table(priced: Mapping[str, Price], *, caption: str) -> Html:
+    """One line a candidate."""
+    lines = [
+        {
+            "method": name,
+            "image passes": f"{p.forwards:.0f}",
+            "backward": f"{p.backwards:.0f}",
+            "class texts": f"{p.texts:.0f}",
+            "ms an image": f"{1000 * p.seconds[0]:.1f}",
+            "MiB an image": f"{p.mebibytes:.1f}",
+        }
+        for name, p in priced.items()
+    ]
+    return table(lines, caption=caption)
+
+
+# ---- orders
+
+
+def front(points: Mapping[str, tuple[float, float]]) -> list[str]:
+    """Names of the points (cost, gain) that no other beats: none is at most as costly and better, or cheaper and as good."""
+
+    def beaten(cost: float, gain: float) -> bool:
+        others = points.values()
+        return any(c <= cost and g >= gain and (c, g) != (cost, gain) for c, g in others)
+
+    kept = [name for name, point in points.items() if not beaten(*point)]
+    return sorted(kept, key=lambda name: points[name][0])
+
+
+def order_kept(a: Mapping[str, float], b: Mapping[str, float]) -> tuple[int, int]:
+    """(pairs that both order alike, pairs that either orders): names that tie in both say nothing, a tie in one breaks the order."""
+    names, kept, all_pairs = list(a), 0, 0
+    for i, first in enumerate(names):
+        for second in names[i + 1 :]:
+            signs = [np.sign(v[first] - v[second]) for v in (a, b)]
+            all_pairs += any(signs)
+            kept += bool(signs[0] == signs[1] and any(signs))
+    return kept, all_pairs

@@ -1,0 +1,88 @@
+"""Charts of many methods side by side: what each keeps under two or three measurements, and what it costs."""
+
+from collections.abc import Mapping, Sequence
+
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
+from .style import NARROW, POINTS, ink, new_figure, require, spread, styled
+
+STAGES = (("#000000", "o", True), ("#0072B2", "D", False), ("#D55E00", "s", True))  # color, marker, filled
+GRAY = "#767676"
+LINE = 1.25 * POINTS / 72  # inches between two names
+
+
+@styled
+def stages(values: Mapping[str, Mapping[str, tuple[float, float, float]]], *, quantity: str, groups: Mapping[str, Sequence[str]]):
+    """One line a method, its accuracy (0 to 100 %) at up to three stages as points, each with its 95 % interval.
+
+    values: method -> stage -> (value, low, high) as fractions, the same stages for all. groups: heading -> methods, from
+    top to bottom.
+    """
+    names = [name for members in groups.values() for name in members]
+    require(names and set(names) == set(values), f"expected each method in one group, got {sorted(set(names) ^ set(values))}")
+    heads = list(values[names[0]])
+    require(len(heads) <= len(STAGES), f"expected at most {len(STAGES)} stages, got {len(heads)}")
+    lines = len(names) + len(groups)
+    fig = new_figure(NARROW + 0.6, 0.9 + 1.45 * LINE * lines)
+    ax = fig.add_subplot()
+    y, ticks = 0, []
+    for head, members in groups.items():
+        ax.text(0, y, head, va="center", color=GRAY, style="italic")
+        y += 1
+        for name in members:
+            found = [values[name][stage] for stage in heads]
+            ax.plot([100 * found[0][0], 100 * found[-1][0]], [y, y], color="#BBBBBB", linewidth=1, zorder=1)
+            for k, ((value, low, high), (hue, sign, filled)) in enumerate(zip(found, STAGES, strict=False)):
+                at = y + 0.22 * (k - (len(heads) - 1) / 2)
+                ax.plot([100 * low, 100 * high], [at, at], color=hue, linewidth=0.8, alpha=0.6, zorder=2)
+                face = hue if filled else "white"
+                ax.plot(100 * value, at, sign, color=hue, markerfacecolor=face, markersize=4.5, clip_on=False, zorder=3)
+            ticks.append((y, name))
+            y += 1
+    ax.set(ylim=(y - 0.4, -0.6), xlim=(0, 100), xlabel=quantity)
+    ax.set_yticks(*zip(*ticks, strict=True))
+    ax.tick_params(axis="y", length=0)
+    ax.spines["left"].set_visible(False)
+    handles = [
+        Line2D([], [], color=hue, marker=sign, linestyle="", markerfacecolor=hue if filled else "white", label=stage)
+        for stage, (hue, sign, filled) in zip(heads, STAGES, strict=False)
+    ]
+    fig.legend(handles=handles, loc="outside upper left", ncols=len(heads), frameon=False, handletextpad=0.2, columnspacing=1)
+    return fig
+
+
+@styled
+def cost_front(
+    points: Mapping[str, tuple[float, float, float, float]], best: Sequence[str], *, cost: str, quantity: str, hues: Mapping[str, str]
+):
+    """Accuracy (0 to 100 %) against a cost on a logarithmic axis; the methods that no other beats joined by a step line.
+
+    points: name -> (cost, accuracy, low, high), accuracies as fractions. best: names on the front, cheapest first.
+    hues: name -> color. Every point is named at the right, at its own height where there is room.
+    """
+    require(points, "expected at least one point, got none")
+    require(min(p[0] for p in points.values()) > 0, "expected costs above zero on a logarithmic axis")
+    height = max(2.8, 0.8 + 1.15 * LINE * len(points))
+    fig = new_figure(NARROW + 0.6, height)
+    ax = fig.add_subplot()
+    ax.step([points[m][0] for m in best], [100 * points[m][1] for m in best], where="post", color=GRAY, linewidth=1)
+    for name, (at, value, low, high) in points.items():
+        edge = ink(hues[name])
+        ax.plot([at, at], [100 * low, 100 * high], color=edge, linewidth=0.7, alpha=0.5)
+        face = hues[name] if name in best else "white"
+        ax.plot(at, 100 * value, "o", color=edge, markerfacecolor=face, markersize=6, clip_on=False, zorder=3)
+    ax.set(xscale="log", ylim=(0, 100), xlabel=cost, ylabel=quantity)
+    ax.xaxis.set_major_locator(LogLocator(subs=(1,)))
+    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    ax.xaxis.set_minor_locator(NullLocator())
+    gap = 100 * LINE / (height - 0.6)
+    right = ax.get_xlim()[1]
+    heights = spread([100 * p[1] for p in points.values()], gap, gap / 3, 100 - gap / 3)
+    for (name, (at, value, *_)), y in zip(points.items(), heights, strict=True):
+        tip = (1.05, y)
+        ax.annotate(name, (at, 100 * value), tip, xycoords="data", textcoords=ax.get_yaxis_transform(), va="center",
+                    color=ink(hues[name]), weight="bold" if name in best else "normal",
+                    arrowprops={"arrowstyle": "-", "color": "#CCCCCC", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3})  # fmt: skip
+    ax.set_xlim(right=right)
+    return fig
