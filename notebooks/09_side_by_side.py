@@ -45,7 +45,6 @@ import subprocess
 import sys
 
 import torch
-from IPython.display import display
 
 if importlib.util.find_spec("robustvlm_lite") is None:  # on Colab
     subprocess.run(["git", "clone", "-q", "https://github.com/robustvlm-lite/robustvlm_lite"], check=True)
@@ -80,10 +79,13 @@ clip, threat = run.load_clip(), ThreatModel(eps_255)
 # tower and learns what stands beside the image or the words. Defenses *at test time* train nothing and pay at every image.
 # *Combinations* put one of these on top of another.
 #
-# All come from the checkpoints that ship with the book: nothing is tuned for this page but two prompts, which say so.
-# Robust training took photographs and rendered scenes at 2/255. APT and CAPT sit on TeCoA's tower, as CAPT's protocol asks, and were
-# tuned at 2/255; FAP and CBA-FAPT sit on the undefended tower and were tuned at 1/255, as theirs asks. That is not the same help for everybody, and
-# it is what these methods are.
+# All come from the checkpoints that ship with the book. Nothing is tuned for this page but the prompts of the combinations, and those say so.
+#
+# Robust training took photographs and rendered scenes, attacked at 2/255. APT and CAPT sit on TeCoA's tower, as CAPT's protocol
+# asks, and were tuned at 2/255. FAP and CBA-FAPT sit on the undefended tower and were tuned at 1/255, as theirs asks.
+#
+# That is not the same help for everybody, and no rule could make it so: what a method is allowed to change *is* the method. FT-clean is
+# a control. It was trained on the same images as the robust towers, without an attack.
 
 # %%
 task = book.images(run, sizes.test)
@@ -148,7 +150,11 @@ print(f"every attacked value is one of 256 gray levels; none moved by more than 
 
 # %% [markdown]
 # All attacked images on this page are stored as 8-bit images and judged as such. What floats can do and a picture file cannot does not
-# count here.
+# count here. [Chapter 03](03_sound_evaluation.py) shows how rounding by truncation flatters a defense; here values are rounded to the
+# nearest level inside the budget.
+#
+# An image that a model already gets wrong when clean counts as lost in the worst case, even where an attack happens to mend it: an
+# attacker may do nothing.
 #
 # ## An attacker who knows
 #
@@ -188,6 +194,12 @@ print(f"view ensemble, {len(x)} images: {left[0]} right when clean, {left[1]} un
 # $$w_d = \frac{1}{N}\sum_i \prod_a c_{a,i}$$
 #
 # An image counts if it survives *every* attack. The attacker, after all, may choose anew for each image.
+#
+# The mean over attacks would reward a method for each weak attack in the list, and the strongest single attack still forgets that
+# images differ.
+#
+# The price of the worst case is a bias: the more attacks a method meets, the lower it can fall. So the lists are of like length, and the
+# [control](fair-draws) below asks what chance alone would take.
 
 # %%
 rows, worst = {}, {}
@@ -196,8 +208,8 @@ for m, candidate in line.items():
 
 
 def my_worst(found):
-    """AND over attacks, for each image, of the rows under attack."""
-    correct = torch.stack([torch.from_numpy(r.records.sort_by("index")["correct"].to_numpy(zero_copy_only=False)) for r in found if r.attack != "none"])
+    """AND for each image over all that it was shown, itself included."""
+    correct = torch.stack([torch.from_numpy(r.records.sort_by("index")["correct"].to_numpy(zero_copy_only=False)) for r in found])
     return correct.all(0).float().mean().item()
 
 
@@ -238,6 +250,10 @@ book.table(lines, caption=f"{task.name}, n = {len(task)}, ε = {eps_255:g}/255: 
 #
 # An oblivious attack on a robust tower is just as mild: it was made for other weights. The column is not wrong. It answers a question
 # that an attacker does not ask.
+#
+# The last column of the table names the attack that does most by itself. Where a method at test time is hurt most by the plain
+# attack on its tower, the attacks through its views have not converged: they are short and see few views, because every step costs as much as
+# many images. Their figure can only come down.
 #
 # ## Does the order survive?
 #
@@ -286,8 +302,8 @@ for m in FEW:
     way = "eot" if "eot" in line[m].ways else sizes.specs[0]
     for eps in sizes.eps_grid:
         attack, surface = line[m].ways[way]
-        images = side.crafted(run, renamed(attack, "own"), surface, task, eps, f"own, {m}")
-        curve.append(book.measure_images(run, m, line[m].model, task, images, "own", eps))
+        images = side.crafted(run, renamed(attack, "own attack"), surface, task, eps, f"own, {m}")
+        curve.append(book.measure_images(run, m, line[m].model, task, images, "own attack", eps))
     curve.append(rows[m][0])
 fig = accuracy_vs_eps(curve, chance=1 / len(task.class_names), order=FEW)
 book.show(fig, "budgets", alt="Accuracy of CLIP, the view ensemble, TeCoA and TGA-ZSR under an attack through each, against the budget, down to chance",
@@ -295,6 +311,9 @@ book.show(fig, "budgets", alt="Accuracy of CLIP, the view ensemble, TeCoA and TG
 
 # %% [markdown]
 # Robust training buys a shift of the curve to the right. It does not change where the curve ends.
+#
+# At the largest budget of this figure the picture is visibly spoiled, and the smallest one already fools the undefended model. What
+# lies between is where a defense can matter. A method that was trained at one budget is not owed anything beyond it.
 #
 # ## What an answer costs
 #
@@ -375,6 +394,13 @@ book.show(comparison.stages(shown, quantity="accuracy (%)", groups=groups), "sum
 # What a combination adds to its *test-time* parent is the tower. What it adds to its tower is the question, and it has to pay for
 # views at every image.
 #
+# A combination also gives the attacker more to choose from: everything that works against the tower alone is tried on it as well. That is why the
+# attack on the tower stays in the list of each method at test time.
+#
+# The prompts of this section are shortened: they show whether the direction is worth a longer run, not what such a run would reach. Their
+# parents in the table are the shipped files, tuned for as long as their chapters state.
+#
+# (fair-draws)=
 # ## Is a random verdict fair?
 #
 # A random defense may fail by chance when asked often. Here each image has one draw for all verdicts, so attacks cannot add up

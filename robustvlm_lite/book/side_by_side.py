@@ -5,7 +5,7 @@ import hashlib
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -87,15 +87,15 @@ def crafted(run, attack: Attack, surface: nn.Module, data: ImageSet, eps_255: fl
 def besieged(run, candidate: Candidate, data: ImageSet, shared: Mapping[str, Tensor], eps_255: float) -> tuple[list[Row], Row]:
     """(rows, worst case) of a candidate: clean, on the images that everybody is shown, and on those made against it.
 
-    The worst case counts an image as lost if any attack takes it. All verdicts of a random model use one draw an image,
-    which no attack has seen, so k attacks are not k chances.
+    The worst case counts an image as lost if any attack takes it, or if it is wrong unchanged: an attacker may do nothing.
+    All verdicts of a random model use one draw an image, which no attack has seen, so k attacks are not k chances.
     """
     rows = [measure_images(run, candidate.name, candidate.model, data, data.pixels(), "none", 0.0)]
     shown = dict(shared)
     for way, (attack, surface) in candidate.ways.items():
         shown[way] = crafted(run, renamed(attack, way), surface, data, eps_255, f"{way}, {candidate.name}")
     rows += [measure_images(run, candidate.name, candidate.model, data, x_adv, way, eps_255) for way, x_adv in shown.items()]
-    worst = evaluate.worst_case(rows)
+    worst = evaluate.worst_case([*rows, replace(rows[0], metric="robust_acc", attack="unchanged", eps_255=eps_255)])
     run.card.add(worst)
     return rows, worst
 
@@ -111,17 +111,19 @@ class _Held(TorchDispatchMode):
         self.now, self.peak, self._known = 0, 0, set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for given in tree_leaves((args, kwargs)):
+            if isinstance(given, Tensor):
+                self._watch(given.untyped_storage(), size=0)  # if unknown, it was there before
         out = func(*args, **(kwargs or {}))
         for made in tree_leaves(out):
             if isinstance(made, Tensor):
-                self._watch(made.untyped_storage())
+                self._watch(made.untyped_storage(), made.untyped_storage().nbytes())
         return out
 
-    def _watch(self, storage) -> None:
+    def _watch(self, storage, size: int) -> None:
         place = storage._cdata
         if place in self._known:
             return
-        size = storage.nbytes()
         self._known.add(place)
         self.now += size
         self.peak = max(self.peak, self.now)

@@ -59,7 +59,7 @@ def cost_front(
     """Accuracy (0 to 100 %) against a cost on a logarithmic axis; the methods that no other beats joined by a step line.
 
     points: name -> (cost, accuracy, low, high), accuracies as fractions. best: names on the front, cheapest first.
-    hues: name -> color. Every point is named at the right, at its own height where there is room.
+    hues: name -> color. Every point is named at its own height where there is room.
     """
     require(points, "expected at least one point, got none")
     require(min(p[0] for p in points.values()) > 0, "expected costs above zero on a logarithmic axis")
@@ -76,13 +76,16 @@ def cost_front(
     ax.xaxis.set_major_locator(LogLocator(subs=(1,)))
     ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     ax.xaxis.set_minor_locator(NullLocator())
-    gap = 100 * LINE / (height - 0.6)
-    right = ax.get_xlim()[1]
-    heights = spread([100 * p[1] for p in points.values()], gap, gap / 3, 100 - gap / 3)
-    for (name, (at, value, *_)), y in zip(points.items(), heights, strict=True):
-        tip = (1.05, y)
-        ax.annotate(name, (at, 100 * value), tip, xycoords="data", textcoords=ax.get_yaxis_transform(), va="center",
-                    color=ink(hues[name]), weight="bold" if name in best else "normal",
-                    arrowprops={"arrowstyle": "-", "color": "#CCCCCC", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3})  # fmt: skip
-    ax.set_xlim(right=right)
+    gap, limits = 100 * LINE / (height - 0.6), ax.get_xlim()
+    costs = [p[0] for p in points.values()]
+    middle = (min(costs) * max(costs)) ** 0.5
+    for cheap in (True, False):  # names of the cheap half stand in the gap between the halves, the others right of the axes
+        half = sorted((m for m in points if (points[m][0] <= middle) == cheap), key=lambda m: (points[m][1], -points[m][0]))
+        heights = spread([100 * points[m][1] for m in half], gap, gap / 3, 100 - gap / 3)
+        place = (1.35 * max(points[m][0] for m in half), ax.transData) if cheap else (1.05, ax.get_yaxis_transform())
+        for name, y in zip(half, heights, strict=True):
+            ax.annotate(name, (points[name][0], 100 * points[name][1]), (place[0], y), xycoords="data", textcoords=place[1],
+                        va="center", color=ink(hues[name]), weight="bold" if name in best else "normal",
+                        arrowprops={"arrowstyle": "-", "color": "#CCCCCC", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3})  # fmt: skip
+    ax.set_xlim(limits)
     return fig

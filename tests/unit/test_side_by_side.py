@@ -1,0 +1,243 @@
+"""The comparison of chapter 09: prices and orders against what can be counted by hand, attacks against their own budget."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from robustvlm_lite import attacks, data, defenses, evaluate
+from robustvlm_lite.book import side_by_side as side
+from robustvlm_lite.cards import Card
+from robustvlm_lite.clip import load_clip
+from robustvlm_lite.runtime import UserError
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return load_clip("nano", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def photos():
+    return data.load("photos/caltech", n=4)
+
+
+@pytest.fixture
+def run(tmp_path):
+    card = Card("09_side_by_side", "tiny", 0, {}, device="cpu")
+    return SimpleNamespace(seed=0, device=torch.device("cpu"), out=tmp_path, card=card)
+
+
+# ---- memory
+
+
+def test_peak_counts_what_is_alive_at_once():
+    def function():
+        a = torch.zeros(1000)  # 4000 bytes
+        b = torch.zeros(500)  # 6000 in all
+        del a
+        c = torch.zeros(250)  # 3000: the first is gone
+        return b, c
+
+    assert side.peak_bytes(function) == 6000
+
+
+def test_views_share_their_memory_and_inputs_do_not_count():
+    before = torch.zeros(1000)
+    assert side.peak_bytes(lambda: before.view(10, 100).T[2:]) == 0
+    assert side.peak_bytes(lambda: before + 1) == 4000
+
+
+def test_peak_of_a_chain_holds_two_links_at_a_time():
+    def chain():
+        x = torch.zeros(100)
+        for _ in range(20):
+            x = x + 1
+        return x
+
+    assert side.peak_bytes(chain) == 800
+
+
+# ---- orders
+
+
+def test_the_front_is_what_a_search_over_all_pairs_leaves():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        points = {str(i): (float(rng.integers(1, 6)), float(rng.integers(0, 6)) / 5) for i in range(8)}
+        left = [
+            a
+            for a, (cost, gain) in points.items()
+            if not any((c <= cost and g > gain) or (c < cost and g >= gain) for c, g in points.values())
+        ]
+        assert set(side.front(points)) == set(left)
+        costs = [points[name][0] for name in side.front(points)]
+        assert costs == sorted(costs)
+
+
+def test_order_kept_by_hand():
+    a = {"x": 1, "y": 2, "z": 3}
+    assert side.order_kept(a, a) == (3, 3)
+    assert side.order_kept(a, {"x": 3, "y": 2, "z": 1}) == (0, 3)
+    assert side.order_kept(a, {"x": 1, "y": 1, "z": 3}) == (2, 3), "a tie on one side is not the same order"
+    assert side.order_kept({"x": 1, "y": 1}, {"x": 2, "y": 2}) == (0, 0), "a tie on both sides says nothing"
+
+
+# ---- candidates
+
+
+def test_a_static_candidate_is_the_defense_itself(clip, photos):
+    defense = defenses.load_defense("TeCoA", clip)
+    candidate = side.static("TeCoA", "robust training", defense, photos, ["pgd-2", "cw-2"])
+    with torch.no_grad():
+        same = defense.clip.classifier(photos.class_names, photos.templates)(photos.pixels())
+        torch.testing.assert_close(candidate.model(photos.pixels()), same)
+    assert {name: attack.n_steps for name, (attack, _) in candidate.ways.items()} == {"pgd-2": 2, "cw-2": 2}
+
+
+@pytest.mark.parametrize(
+    "method, ways",
+    [
+        ("View ensemble", {"pgd-2 on its tower", "eot", "eot, margin"}),
+        ("TTC", {"pgd-2 on its tower", "eot", "eot, margin"}),
+        ("R-TPT", {"pgd-2 on its tower", "eot", "eot, margin", "eot, step"}),
+    ],
+)
+def test_every_way_of_a_test_time_defense_stays_in_the_budget_and_leads_through_it(clip, photos, run, method, ways):
+    few = photos.take(range(2))
+    candidate = side.at_test_time(method, "at test time", clip, method, few, n_views=4, few=2, steps=2, spec="pgd-2")
+    assert set(candidate.ways) == ways
+    seen = {}
+    for way, (attack, surface) in candidate.ways.items():
+        seen[way] = side.crafted(run, attack, surface, few, 2.0, way)
+        levels = 255 * seen[way]
+        assert torch.allclose(levels, levels.round(), atol=1e-3)
+        assert (seen[way] - few.pixels()).abs().max() <= 2 / 255 + 1e-6
+    assert not torch.equal(seen["eot"], seen["pgd-2 on its tower"])
+    if "eot, step" in ways:
+        assert not torch.equal(seen["eot"], seen["eot, step"]), "the slope of the step changes the gradient"
+
+
+def test_crafted_images_are_found_again_and_only_for_the_same_question(clip, photos, run):
+    calls = []
+
+    class Counted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = clip.classifier(photos.class_names, photos.templates)
+
+        def forward(self, x):
+            calls.append(len(x))
+            return self.inner(x)
+
+    attack, model = attacks.get_attack("pgd-2"), Counted()
+    first = side.crafted(run, attack, model, photos, 2.0, "a")
+    made = len(calls)
+    assert made and torch.equal(first, side.crafted(run, attack, model, photos, 2.0, "a")) and len(calls) == made
+    longer = attacks.get_attack("pgd-3")
+    for changed in ((attack, model, photos, 1.0, "a"), (attack, model, photos, 2.0, "b"), (longer, model, photos, 2.0, "a")):
+        side.crafted(run, *changed)
+        assert len(calls) > made
+        made = len(calls)
+
+
+def test_the_worst_case_is_over_all_that_was_shown(clip, photos, run):
+    candidate = side.static("CLIP", "undefended", defenses.Defense(clip), photos, ["pgd-5"])
+    gray = torch.full_like(photos.pixels(), 128 / 255)  # nobody is right about all of these
+    rows, worst = side.besieged(run, candidate, photos, {"gray": gray}, 255.0)
+    right = [row.records.sort_by("index")["correct"].to_numpy(zero_copy_only=False) for row in rows[1:]]
+    assert [row.attack for row in rows] == ["none", "gray", "pgd-5"]
+    assert worst.value == np.logical_and(*right).mean() and worst.metric == "robust_acc_worst"
+
+
+def test_what_is_wrong_unchanged_is_lost_even_if_an_attack_mends_it(clip, photos, run):
+    class Contrary(nn.Module):
+        """Right where the image was changed, wrong where not."""
+
+        def forward(self, x):
+            changed = (x - photos.pixels()[: len(x)]).abs().amax(dim=(1, 2, 3)) > 0
+            sure = nn.functional.one_hot(photos.labels[: len(x)], len(photos.class_names)).float()
+            return torch.where(changed[:, None], sure, -sure)
+
+    shown = {"gray": torch.full_like(photos.pixels(), 128 / 255)}
+    rows, worst = side.besieged(run, side.Candidate("contrary", "", Contrary()), photos, shown, 255.0)
+    assert (rows[0].value, rows[1].value, worst.value) == (0, 1, 0)
+
+
+# ---- prices
+
+
+def test_passes_are_those_of_the_recipe(clip, photos, run):
+    methods = ("View ensemble", "R-TPT")
+    made = {m: side.at_test_time(m, "", clip, m, photos, n_views=3, few=2, steps=1, spec="pgd-1") for m in methods}
+    made["CLIP"] = side.static("CLIP", "", defenses.Defense(clip), photos, [])
+    priced = side.prices(run, list(made.values()), photos, rounds=2)
+    classes = len(photos.class_names)
+    assert (priced["CLIP"].forwards, priced["CLIP"].texts) == (1, 0)
+    assert (priced["View ensemble"].forwards, priced["View ensemble"].texts) == (3, 0)
+    assert (priced["R-TPT"].forwards, priced["R-TPT"].texts) == (3, 2 * classes)
+    assert priced["View ensemble"].mebibytes > 1.2 * priced["CLIP"].mebibytes > 0
+    assert all(p.seconds[1] <= p.seconds[0] <= p.seconds[2] for p in priced.values())
+    html = str(side.price_table(priced, caption="Prices."))
+    assert "View ensemble" in html and f"<td>{2 * classes}</td>" in html.replace(' class="num"', "")
+
+
+def test_a_random_model_has_one_draw_for_all_verdicts(clip, photos):
+    c = side.at_test_time("View ensemble", "", clip, "View ensemble", photos, n_views=4, few=2, steps=1, spec="pgd-1")
+    with torch.no_grad():
+        ask = [evaluate.for_images(c.model, photos, range(4), 0)(photos.pixels()) for _ in range(2)]
+        fresh = c.model(photos.pixels())
+    torch.testing.assert_close(*ask)
+    assert not torch.allclose(ask[0], fresh)
+
+
+# ---- exercises
+
+
+def test_exercises_take_the_solution_and_name_the_mistake(capsys):
+    from robustvlm_lite.book import exercises_side_by_side as exercises
+
+    exercises.check_worst(lambda correct: correct.all(0).float().mean())
+    exercises.check_front(lambda points: side.front(points))
+    exercises.check_needed(lambda share, half: int(np.ceil(share * (1 - share) * (1.96 / half) ** 2)))
+    assert capsys.readouterr().out.count("✓") == 3
+    wrong = {
+        "strongest attack over all": lambda: exercises.check_worst(lambda c: c.float().mean(1).min()),
+        "mean over attacks": lambda: exercises.check_worst(lambda c: c.float().mean()),
+        "b beats it": lambda: exercises.check_front(list),
+        "cheapest first": lambda: exercises.check_front(lambda points: ["d", "b", "a"]),
+        "round up": lambda: exercises.check_needed(lambda p, h: p * (1 - p) * (1.96 / h) ** 2),
+        "still wider": lambda: exercises.check_needed(lambda p, h: int(p * (1 - p) * (1.64 / h) ** 2)),
+        "more than are needed": lambda: exercises.check_needed(lambda p, h: int(p * (1 - p) * (2.6 / h) ** 2)),
+        "return missing": lambda: exercises.check_worst(lambda c: None),
+    }
+    for hint, call in wrong.items():
+        with pytest.raises(AssertionError, match=hint):
+            call()
+
+
+# ---- figures
+
+
+def test_stages_draw_every_value_and_refuse_what_is_in_no_group():
+    from robustvlm_lite.plots import comparison
+
+    values = {m: {"clean": (0.9, 0.8, 1.0), "worst": (v, 0.1, 0.6)} for m, v in (("a", 0.3), ("b", 0.5))}
+    fig = comparison.stages(values, quantity="accuracy (%)", groups={"one": ["a"], "two": ["b"]})
+    drawn = [line.get_xdata()[0] for line in fig.axes[0].lines if line.get_marker() in ("o", "D")]
+    assert drawn == [90, 30, 90, 50]
+    with pytest.raises(UserError, match=r"each method in one group, got \['b'\]"):
+        comparison.stages(values, quantity="accuracy (%)", groups={"one": ["a"]})
+
+
+def test_the_front_is_filled_and_named_in_bold():
+    from robustvlm_lite.plots import comparison
+
+    points = {"cheap": (1.0, 0.2, 0.1, 0.3), "dear": (50.0, 0.6, 0.5, 0.7), "beaten": (60.0, 0.5, 0.4, 0.6)}
+    fig = comparison.cost_front(points, ["cheap", "dear"], cost="ms", quantity="%", hues=dict.fromkeys(points, "#D55E00"))
+    names = {text.get_text(): text.get_weight() for text in fig.axes[0].texts}
+    assert names == {"cheap": "bold", "dear": "bold", "beaten": "normal"}
+    with pytest.raises(UserError, match="costs above zero"):
+        comparison.cost_front({"free": (0.0, 0.5, 0.4, 0.6)}, [], cost="ms", quantity="%", hues={"free": "#000000"})
