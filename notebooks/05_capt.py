@@ -521,11 +521,11 @@ for name in ONE_TOWER:
     variants.append(book.tune(run, name, carrier, shots, main))
 ablation = [r for d in variants for r in book.measure(run, d, scenario.tests["all"], [(pgd, threat)], seed=main)]
 for r in ablation:
-    name = {"CAPT, A1": "a1", "CAPT, teacher before TeCoA": "teacher"}.get(r.method)
+    name = {"CAPT, A1": "a1", "CAPT, α = 0": "own", "CAPT, α = 1": "frozen", "CAPT, teacher before TeCoA": "teacher"}.get(r.method)
     if name and r.metric in ("clean_acc", "robust_acc"):
         book.glue(f"{name}-{r.metric.split('_')[0]}", 100 * r.value)
 columns = {"clean": {"metric": "clean_acc"}, f"{pgd.name}, ε {eps_255:g}": {"metric": "robust_acc"}}
-book.accuracy_table(ablation, columns=columns, caption=f"{task.name}, seed {main}: one choice changed at a time.")
+book.accuracy_table(ablation, columns=columns, caption=f"{task.name}, seed {main}: one choice changed at a time; the rates are those of the table of factors.")
 
 # %%
 trust = {d.name.removeprefix("CAPT, "): [h["alpha"] for h in d.history] for d in variants if d.name[6:] in ("A1", "A2", "A3", "A5", "A7")}
@@ -543,8 +543,9 @@ book.show(plots.convergence(trust, quantity="mean α of the batch", steps="tunin
 # clean and {glue:text}`teacher-robust:.0f` attacked, A1 with the robust one {glue:text}`a1-clean:.0f` and {glue:text}`a1-robust:.0f`.
 #
 # Two comparisons are worth more
-# than the rest. Against the best *constant*, an adaptive weight has to earn its name. And the teacher before TeCoA separates
-# "keep what CLIP knows" from "keep what the robust tower knows".
+# than the rest. Against the best *constant*, an adaptive weight has to earn its name: the own answer alone gives
+# {glue:text}`own-clean:.0f` percent clean and {glue:text}`own-robust:.0f` attacked, the frozen one alone {glue:text}`frozen-clean:.0f` and
+# {glue:text}`frozen-robust:.0f`. And the teacher before TeCoA separates "keep what CLIP knows" from "keep what the robust tower knows".
 #
 # ## What it costs
 

@@ -572,7 +572,7 @@ for label, change in strongly.items():
 ablation = [r for d in variants for part in scenario.tests.values() for r in book.measure(run, d, part, [(pgd, threat)], seed=main)]
 columns = {f"{part}, {metric.split('_')[0]}": {"dataset": test_set.name, "metric": metric, "eps_255": eps_255 if metric[0] == "r" else 0.0}
            for part, test_set in scenario.tests.items() for metric in ("clean_acc", "robust_acc")}  # fmt: skip
-book.accuracy_table(ablation, columns=columns, caption=f"{test.name}, seed {main}: one choice changed at a time.")
+book.accuracy_table(ablation, columns=columns, caption=f"{test.name}, seed {main}: one choice changed at a time; the rates are those of the table of factors.")
 
 # %% [markdown]
 # The first row lacks the natural loss. The next two are the base and the whole; between them lies all that the maps can claim. The rows of single terms say

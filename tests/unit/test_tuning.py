@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 import torch
 from toy_tuning import photos
+from train_prompts import best_rate
 
 from robustvlm_lite import book, defenses, fewshot
 from robustvlm_lite.attacks import get_attack
@@ -173,3 +174,19 @@ def test_an_interval_over_seeds_resamples_images(monkeypatch):
     assert hi - lo > 1.15 * (by_answer[1] - by_answer[0]), "else the test could not tell them apart"
     with pytest.raises(UserError, match="same images and seeds"):
         book.paired_over_seeds(rows[1:], "A", "B", "robust_acc", "toy:all")
+
+
+BEYOND = {  # where the score peaks -> the factors that are tried after 3, 10 and 30
+    10.0: [], 3.0: [1.0], 1.0: [1.0], 100.0: [100.0, 300.0], 3000.0: [100.0, 300.0, 1000.0, 3000.0],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("peak", BEYOND)
+def test_the_search_goes_on_past_an_end_that_wins(peak):
+    """Until the best is not at an end, or nothing is left to try."""
+    tried = []
+
+    def scores():
+        return {rate: {"score": -abs(math.log(rate / peak))} for rate in sorted(tried)}
+
+    assert best_rate(tried.append, scores) == peak and tried == [3.0, 10.0, 30.0, *BEYOND[peak]]
