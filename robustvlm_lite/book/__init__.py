@@ -32,7 +32,7 @@ from .tables import (
     sets_table,
     told,
 )
-from .tuning import backbone, marked, measure_scenario, scenario_table, tune
+from .tuning import backbone, factors_table, marked, measure_scenario, paired_over_seeds, scenario_table, tune
 
 __all__ = [
     "Html",
@@ -46,6 +46,7 @@ __all__ = [
     "compared",
     "craft",
     "defended",
+    "factors_table",
     "footer",
     "glue",
     "images",
@@ -69,6 +70,7 @@ __all__ = [
     "nano_checkpoint",
     "nearly_done",
     "notes_tables",
+    "paired_over_seeds",
     "paired_table",
     "passes_table",
     "points",

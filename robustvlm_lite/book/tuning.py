@@ -6,14 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 
+import numpy as np
+
 from .. import attacks, defenses
 from ..clip import ZeroShotCLIP
 from ..data import ImageSet
 from ..defenses import Defense, PromptTraining
 from ..defenses.prompt_files import load_prompts, prompt_facts, save_prompts
 from ..fewshot import Scenario, Summary
-from ..records import Row
-from ..runtime import weights_sha256
+from ..records import Row, column
+from ..runtime import UserError, weights_sha256
+from ..stats import paired_bootstrap
 from ..threat import ThreatModel
 from .markup import Html, table
 from .measure import measure
@@ -24,12 +27,40 @@ def backbone(run) -> ZeroShotCLIP:
     return defenses.load_defense(run.sizes.backbone, run.load_clip()).clip
 
 
+def factor(run, name: str) -> float:
+    """On the paper's learning rate of a method: the profile's, or the one that was searched for it; 1 in a full training."""
+    rate = getattr(run.sizes, "tuning", {"rate": 1.0})["rate"]
+    return defenses.searched_rate(run.sizes.model, run.card.chapter, name) if rate == defenses.SEARCHED else rate
+
+
 def plan(run, name: str, train: ImageSet) -> PromptTraining:
     """The paper's training of a method, or the profile's short one: its steps and batch, its factor on the paper's rate."""
     style, short = defenses.PROMPT_METHODS[name].style, getattr(run.sizes, "tuning", None)
     if not short:
         return style.training(train, run.sizes.shots)
-    return style.short(train, **short | {"steps": run.parameters.get("steps", 0) or short["steps"]})
+    steps = run.parameters.get("steps", 0) or short["steps"]
+    return style.short(train, **short | {"steps": steps, "rate": factor(run, name)})
+
+
+def factors_table(run, methods: Sequence[str]) -> Html:
+    """The factor on each method's paper rate in this run and, where it was searched, what the held-back images said."""
+    if getattr(run.sizes, "tuning", {}).get("rate") != defenses.SEARCHED:
+        lines = [{"method": m, "factor": f"{factor(run, m):g}"} for m in methods]
+        return table(lines, caption="Factor on each paper's learning rate: one for all methods, not searched under this profile.")
+    found = defenses.rate_search(run.sizes.model)["chapters"][run.card.chapter]
+    lines = [{"method": "hand-written prompts", "tried": "–", "taken": "–"} | _held(found["untuned"])]
+    for m in methods:
+        scored = defenses.scores(found, m)
+        best, at = defenses.winner(scored), {f"{rate:g}": _held(s) for rate, s in scored.items()}
+        lines.append({"method": m, "tried": ", ".join(at), "taken": f"{best:g}"} | at[f"{best:g}"] | {"score of 10": at["10"]["score"]})
+    images, seeds = f"n = {found['held']} held-back training images of {found['set']}", f"{len(found['seeds'])} tunings a factor"
+    how = f"clean and {found['attack']} at ε = {found['eps_255']:g}/255, in percent, means of {seeds}; the score is the mean of both"
+    return table(lines, caption=f"Factors on each paper's learning rate, tried on {images}: {how}.")
+
+
+def _held(accuracy: Mapping[str, float]) -> dict[str, str]:
+    clean, robust = accuracy["clean"], accuracy["robust"]
+    return {name: f"{100 * v:.1f}" for name, v in (("clean", clean), ("robust", robust), ("score", (clean + robust) / 2))}
 
 
 def tune(
@@ -84,6 +115,24 @@ def marked(tuned: Mapping[int, Sequence[Defense]], n_classes: int) -> set[tuple[
         (d.name, seed) for seed, models in tuned.items() for d in models
         if hasattr(d, "collapsed") and d.collapsed(n_classes) is not None
     }  # fmt: skip
+
+
+def paired_over_seeds(rows: Sequence[Row], method: str, reference: str, metric: str, dataset: str) -> tuple[float, float, float]:
+    """`(diff, lo, hi)` of two methods' accuracies over all seeds of a scenario's rows, as the rules of claims see it.
+
+    Each image's verdicts are averaged over the seeds first, and images are resampled: the answers of several tunings to one
+    image are not several images.
+    """
+    sides = []
+    for name in (method, reference):
+        chosen = [row for row in rows if (row.method, row.metric, row.dataset) == (name, metric, dataset)]
+        parts = [row.records.sort_by("index") for row in sorted(chosen, key=lambda row: row.extra["seed"])]
+        sides.append(([row.extra["seed"] for row in chosen], [column(p, "index") for p in parts], [column(p, "correct") for p in parts]))
+    (seeds, index, a), (others, index_b, b) = sides
+    same = seeds and sorted(seeds) == sorted(others) and all(np.array_equal(index[0], i) for i in (*index, *index_b))
+    if not same:
+        raise UserError(f"expected {method} and {reference} on the same images and seeds, got seeds {seeds} and {others}")
+    return paired_bootstrap(np.mean(a, axis=0), np.mean(b, axis=0))
 
 
 def scenario_table(summaries: Sequence[Summary], *, caption: str) -> Html:

@@ -16,6 +16,7 @@ from .finetuning import FARE, PMGAFT, FTAdv, FTClean, TeCoA
 from .prompt_files import KIND, load_prompts, prompt_facts, save_prompts
 from .prompt_tuning import RIVALS, LinearProbe
 from .prompting import Method, PromptTraining, PromptTuning, gradient_shares, scaled_spec
+from .rates import SEARCHED, rate_search, scores, searched_rate, winner
 from .recipe import Evidence, Passes, Recipe
 from .test_time import TestTime, TestTimeClassifier
 from .tga_zsr import PRESETS, TGAZSR, CompTGA, TGAConfig, VisionGuided
@@ -23,10 +24,10 @@ from .training import FineTuning, Training
 from .ttc import TTC
 
 __all__ = [
-    "METHODS", "PRESETS", "PROMPT_METHODS", "TEST_TIME", "TTC", "Defense", "Evidence", "FineTuning", "Method", "Passes",
+    "METHODS", "PRESETS", "PROMPT_METHODS", "SEARCHED", "TEST_TIME", "TTC", "Defense", "Evidence", "FineTuning", "Method", "Passes",
     "PromptTraining", "PromptTuning", "Recipe", "TGAConfig", "TestTime", "TestTimeClassifier", "Training", "TrainingAttack", "build",
-    "build_prompts", "build_test_time", "gradient_shares", "load_defense", "names", "read_facts",
-    "save_change", "save_prompts", "search_results",
+    "build_prompts", "build_test_time", "gradient_shares", "load_defense", "names", "rate_search", "read_facts",
+    "save_change", "save_prompts", "scores", "search_results", "searched_rate", "winner",
 ]  # fmt: skip
 
 STRICT = PRESETS["strict"]

@@ -190,6 +190,7 @@ PROMPTS = PromptSpec(n_text=2, depth_text=9, n_vision=2, depth_vision=9)  # inde
 METHODS = {
     "CAPT": Method(CAPT, PROMPTS, STYLES["apt"], Choices()),
     "CAPT (distillation)": Method(CAPT, PROMPTS, STYLES["apt"], Choices(alpha=1.0)),
+    "CAPT (own answer)": Method(CAPT, PROMPTS, STYLES["apt"], Choices(alpha=0.0)),
     "CAPT (text only)": Method(CAPT, PromptSpec(n_text=2, depth_text=9), STYLES["apt"], Choices()),
     "CAPT (image only)": Method(CAPT, PromptSpec(n_vision=2, depth_vision=9), STYLES["apt"], Choices()),
 }

@@ -31,11 +31,12 @@ TINY = 1e-12  # under the root of L_VAA, whose slope at 0 is infinite
 class Choices:
     """Weights of Eq. 11 and what the paper leaves open.
 
-    alpha, beta, gamma: of CE(x_adv), of the image map, of the text map; a map of weight 0 is not computed. base: "ce_ce"
-    (the paper's Eq. 11) or "fap", the loss that the title suggests, with FAP's own weight and attack. score_scale: S is a
-    cosine, or that times 100, as the caption's "logit-driven" may mean. score: S for the true "label", for the class
-    "predicted" for each image, or "logprob", log p(y | x). fusion, text_norm: see `attention`. length: of A_v before it
-    is compared, "none" (as printed), "l1" or "l2" to 1. stop_clean: no gradient through the clean maps.
+    natural, alpha, beta, gamma: of CE(x), of CE(x_adv), of the image map, of the text map; a map of weight 0 is not
+    computed. base: "ce_ce" (the paper's Eq. 11) or "fap", the loss that the title suggests, with FAP's own weight and
+    attack. score_scale: S is a cosine, or that times 100, as the caption's "logit-driven" may mean. score: S for the true
+    "label", for the class "predicted" for each image, or "logprob", log p(y | x). fusion, text_norm: see `attention`.
+    length: of A_v before it is compared, "none" (as printed), "l1" or "l2" to 1. stop_clean: no gradient through the
+    clean maps.
     """
 
     alpha: float = 5.0
@@ -48,9 +49,10 @@ class Choices:
     text_norm: str = "N1"
     length: str = "none"
     stop_clean: bool = False
+    natural: float = 1.0
 
     def __post_init__(self):
-        for name in ("alpha", "beta", "gamma"):
+        for name in ("natural", "alpha", "beta", "gamma"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"CBA-FAPT: expected {name} >= 0, got {getattr(self, name)}; 0 leaves the term out")
         known = {"base": BASES, "score": CLASSES, "fusion": FUSIONS, "text_norm": NORMS, "length": LENGTHS}
@@ -116,7 +118,9 @@ class CBAFAPT(PromptTuning):
         return weighted
 
     def _base(self, clean: Tensor, adv: Tensor, features: Tensor, batch: MapBatch) -> dict[str, Tensor]:
-        natural = {"ce": F.cross_entropy(clean, batch.y)}
+        ce = F.cross_entropy(clean, batch.y)
+        natural = {"ce": self.config.natural * ce} if self.config.natural else {}
+        batch.notes["ce"] = ce.item()
         if self.config.base == "ce_ce":
             return natural | {"ce_adv": self.config.alpha * F.cross_entropy(adv, batch.y)}
         consistency = terms.feature_aware_kl(clean, adv, *features.split(len(batch.y))).mean()
@@ -174,6 +178,7 @@ FULL = Choices()
 METHODS = {
     "CBA-FAPT": Method(CBAFAPT, PROMPTS, STYLES["maple"], FULL),
     "CBA-FAPT (no maps)": Method(CBAFAPT, PROMPTS, STYLES["maple"], replace(FULL, beta=0.0, gamma=0.0)),
+    "CBA-FAPT (adversarial only)": Method(CBAFAPT, PROMPTS, STYLES["maple"], replace(FULL, natural=0.0, beta=0.0, gamma=0.0)),
     "CBA-FAPT (image map)": Method(CBAFAPT, PROMPTS, STYLES["maple"], replace(FULL, gamma=0.0)),
     "CBA-FAPT (text map)": Method(CBAFAPT, PROMPTS, STYLES["maple"], replace(FULL, beta=0.0)),
     "CBA-FAPT (FAP's loss)": Method(CBAFAPT, PROMPTS, STYLES["maple"], replace(FULL, base="fap")),

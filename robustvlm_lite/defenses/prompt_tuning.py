@@ -52,7 +52,7 @@ class FAP(PromptTuning):
         clean, adv = self.clean(batch), self.features(batch.x_adv, batch)
         logits, logits_adv = self.logits(clean, batch), self.logits(adv, batch)
         consistency = terms.feature_aware_kl(logits, logits_adv, clean, adv).mean()
-        batch.notes["divergence"] = consistency.item()
+        batch.notes["divergence"] = terms.kl(logits, logits_adv).mean().item()
         return {"ce": F.cross_entropy(logits, batch.y), "consistency": self.config.weight * consistency}
 
 

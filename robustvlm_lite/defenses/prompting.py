@@ -20,6 +20,7 @@ from . import terms
 from .training import Batch, Task, Trained, Training, collapsed_at
 
 WARMUP = 1e-5  # learning rate of the first epoch
+WINDOW = 50  # steps in a row that make a collapse
 
 
 @dataclass(frozen=True)
@@ -188,10 +189,12 @@ class PromptTuning(Trained):
     def collapsed(self, n_classes: int) -> int | None:
         """The step by which the run gave every image the same answer (`collapsed_at`); None if never, or if unknown.
 
-        Known where the loss has a clean cross-entropy "ce" and a note "divergence" of the attacked answers from it.
+        Known where the history has a clean cross-entropy "ce" and a plain "divergence" of the attacked answers from the
+        clean ones. A run that is too short for `WINDOW` steps in a row is judged by a third of its own.
         """
         known = [h for h in self.history if "ce" in h and "divergence" in h]
-        return collapsed_at([h["ce"] for h in known], [h["divergence"] for h in known], n_classes)
+        window = max(1, min(WINDOW, len(known) // 3))
+        return collapsed_at([h["ce"] for h in known], [h["divergence"] for h in known], n_classes, window)
 
     def state(self) -> dict[str, Tensor]:
         """What is learned, for a file."""

@@ -25,6 +25,23 @@ COLORS = {
     "Vision-guided": "#F0E442",
 }
 MARKERS = dict(zip(COLORS, "osD^vP*Xh", strict=True))
+# Methods on prompts have the hue and the marker of one that no figure shows beside them.
+LENT = {
+    "HEP": "CLIP",
+    "PAFT": "FT-clean",
+    "AVP": "TeCoA",
+    "AdvVP": "TeCoA",
+    "APT": "FT-adv",
+    "TRADES": "PMG-AFT",
+    "CAPT (distillation)": "FARE",
+    "CAPT": "TGA-ZSR",
+    "AdvVLP": "Vision-guided",
+    "AdvMaPLe": "FT-adv",
+    "FAP": "PMG-AFT",
+    "CBA-FAPT (adversarial only)": "TGA-ZSR",
+    "CBA-FAPT (no maps)": "FARE",
+    "CBA-FAPT": "Comp-TGA",
+}
 UNKNOWN = "#767676"
 BORROWED = ("Comp-TGA", "TGA-ZSR", "PMG-AFT", "FARE", "FT-adv", "TeCoA")  # looks for names that are no method
 OTHER_MARKERS = "<>pd"
@@ -70,8 +87,9 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def _known(method: str) -> str:
-    """The method of COLORS that a name begins with: "TGA-ZSR (strict)" is drawn as "TGA-ZSR"."""
-    return max((known for known in COLORS if method.startswith(known)), key=len, default="")
+    """The method of COLORS that a name is drawn as: what it begins with ("TGA-ZSR (strict)"), or what that is lent (LENT)."""
+    family = max((known for known in (*COLORS, *LENT) if method.startswith(known)), key=len, default="")
+    return LENT.get(family, family)
 
 
 def color(method: str) -> str:

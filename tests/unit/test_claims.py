@@ -208,6 +208,21 @@ def test_several_seeds_are_averaged():
     assert toy.value('acc("TeCoA")') == pytest.approx(0.55)
 
 
+def test_a_difference_over_seeds_resamples_images():
+    """Against a bootstrap written out. Three answers to one image agree, so drawing answers would be far too sure."""
+    g = np.random.default_rng(0)
+    right = {m: np.repeat((g.random(40) < p)[None], 3, axis=0) for m, p in (("TeCoA", 0.7), ("FARE", 0.4))}
+    toy = Toy()
+    for method, seeds in right.items():
+        for seed, correct in enumerate(seeds):
+            toy.add(method, correct, seed=seed)
+    delta = right["TeCoA"].astype(float) - right["FARE"]
+    images = np.quantile([delta[:, i].mean() for i in g.integers(0, 40, (4000, 40))], [0.025, 0.975])
+    answers = np.quantile([delta.ravel()[i].mean() for i in g.integers(0, 120, (4000, 120))], [0.025, 0.975])
+    ends = [toy.value(f'{end}(diff(acc("TeCoA"), acc("FARE")))') for end in ("lo", "hi")]
+    assert ends == pytest.approx(list(images), abs=0.03) and ends[1] - ends[0] > 1.5 * (answers[1] - answers[0])
+
+
 def test_a_worst_case_row_is_the_and_of_its_attacks():
     toy = Toy().add("TeCoA", share(100)).add("TeCoA", ~share(50), "cw-20")
     worst = dict(

@@ -11,7 +11,7 @@ from matplotlib.colors import to_hex
 from robustvlm_lite import plots
 from robustvlm_lite.plots.style import COLORS, ink, looks, luminance, spread
 from robustvlm_lite.records import Row
-from robustvlm_lite.runtime import UserError
+from robustvlm_lite.runtime import UserError, chapters
 
 CURVES = {"CLIP": (0.8, 0.1, 0.0), "TeCoA": (0.7, 0.6, 0.5), "TGA-ZSR": (0.75, 0.62, 0.52)}  # at ε = 0, 1, 2
 
@@ -117,6 +117,20 @@ def test_no_two_names_of_a_figure_look_alike():
     assert len({(k["color"], k["marker"], k.get("markerfacecolor")) for k in drawn.values()}) == len(names)
     assert drawn["ce"]["color"] != drawn["TGA-ZSR"]["color"] == drawn["TGA-ZSR (paper)"]["color"]
     assert len(looks(str(i) for i in range(20))) == 20  # more than there are looks
+
+
+@pytest.mark.parametrize("chapter", ["05_capt", "06_cba_fapt"])
+def test_each_method_on_prompts_has_its_own_hue_in_every_figure_of_its_chapter(chapter):
+    """Whatever else is drawn: bars ask for the hue of a name, curves for the looks of all names of a figure."""
+    methods = list(dict.fromkeys(m for sizes in chapters()[chapter]["profiles"].values() for m in sizes["methods"]))
+    hues = {m: plots.color(m) for m in methods}
+    one_each = [hues[m] for m in methods if m != "AVP"]  # of which AdvVP is a form
+    assert len(set(one_each)) == len(one_each) and set(hues.values()) <= set(COLORS.values()), hues
+    for some in (methods, methods[::-1], methods[2:]):
+        drawn = looks(some)
+        assert all(drawn[m]["color"] == hues[m] for m in some)
+        assert len({(k["color"], k["marker"], k.get("markerfacecolor")) for k in drawn.values()}) == len(some)
+    assert plots.color("HEP") == plots.color("CLIP") and plots.color("CAPT, A1") == plots.color("CAPT") != plots.color("mine")
 
 
 def test_readers_own_matplotlib_settings_neither_matter_nor_change():

@@ -54,12 +54,15 @@ def expected_terms(defense, batch):
     if name == "TRADES":
         return {"ce": ce, "kl": 6.0 * kl(clean, adv).mean()}
     if name.startswith("CAPT"):
-        a, p = 1.0, [logits.softmax(1)[torch.arange(len(batch.y)), batch.y].detach() for logits in (frozen, clean)]
+        a = float(name != "CAPT (own answer)")
+        p = [logits.softmax(1)[torch.arange(len(batch.y)), batch.y].detach() for logits in (frozen, clean)]
         if config.alpha == "A1":
             a = p[0] / (p[0] + p[1])
         return {"ce": ce, "kl_train": 1.5 * ((1 - a) * kl(clean, adv)).mean(), "kl_frozen": 1.5 * (a * kl(frozen, adv)).mean()}
     if name == "CBA-FAPT (FAP's loss)":
         return {"ce": ce, "consistency": 1.5 * ((F.cosine_similarity(z, z_adv) + 1) * kl(clean, adv)).mean()}
+    if name == "CBA-FAPT (adversarial only)":
+        return {"ce_adv": 5.0 * ce_adv}
     if name.startswith("CBA"):
         return {"ce": ce, "ce_adv": 5.0 * ce_adv}
     return {"ce_adv": ce_adv}
@@ -73,7 +76,7 @@ def test_losses_and_gradients_equal_the_formulas(name, clip):
     parameters = defense.learned()
     for key, value in expected.items():
         close(terms[key].detach(), value.detach())
-        if key == "kl_train" and defense.config.alpha == 1.0:
+        if (key, defense.config and getattr(defense.config, "alpha", "")) in (("kl_train", 1.0), ("kl_frozen", 0.0)):
             continue  # weight 0
         pairs = (torch.autograd.grad(v, parameters, retain_graph=True, allow_unused=True) for v in (terms[key], value))
         for ours, theirs in zip(*pairs, strict=True):
@@ -343,11 +346,28 @@ def test_what_the_frozen_model_says_is_kept_unless_images_never_come_twice(clip,
 
 def test_a_run_that_gives_every_image_the_same_answer_is_marked(small):
     defense = trained("FAP", small)
-    defense.history = [{"ce": math.log(4), "divergence": 1e-5}] * 60
+    still, moved = {"ce": math.log(4), "divergence": 1e-5}, {"ce": 0.4, "divergence": 0.3}
+    defense.history = [still] * 160
     assert defense.collapsed(4) == 49 and defense.collapsed(9) is None
-    defense.history = defense.history[:49] + [{"ce": 0.4, "divergence": 0.3}] * 60
-    assert defense.collapsed(4) is None
+    defense.history = [still] * 49 + [moved] * 111
+    assert defense.collapsed(4) is None, "fifty in a row"
     assert trained("APT", small).collapsed(4) is None, "its loss does not show it"
+    defense.history = [moved] * 12 + [still] * 6
+    assert defense.collapsed(4) == 17, "a third of a short run"
+    defense.history = [moved] * 13 + [still] * 5
+    assert defense.collapsed(4) is None
+
+
+@pytest.mark.parametrize("name", ["FAP", "TRADES", "CAPT", "CBA-FAPT (no maps)", "CBA-FAPT (FAP's loss)", "CBA-FAPT (adversarial only)"])
+def test_what_is_kept_of_a_step_is_a_plain_divergence_and_a_plain_cross_entropy(name, clip):
+    """Whatever the loss weighs them by: the detector of collapse and the figures compare methods by them."""
+    defense, batch = in_step(name, clip)
+    terms = defense.losses(batch)
+    clean, adv, z, z_adv, _ = reference(defense, batch)
+    plain, weighed = kl(clean, adv).mean().item(), ((F.cosine_similarity(z, z_adv) + 1) * kl(clean, adv)).mean().item()
+    assert batch.notes["divergence"] == pytest.approx(plain, rel=1e-6) and abs(weighed - plain) > 1e-3 * plain
+    kept = {k: v.item() for k, v in terms.items()} | batch.notes
+    assert kept["ce"] == pytest.approx(F.cross_entropy(clean, batch.y).item(), rel=1e-6)
 
 
 def test_gradient_shares_are_ratios_of_lengths(clip):
