@@ -417,6 +417,15 @@ book.table(lines, formats=dict.fromkeys(("clean, one draw", "clean, right in all
 # %% [markdown]
 # Where the last column lies far below the one before it, the loss is the attack's doing and not chance.
 #
+# (verdict-sbs)=
+# ## Our own claims
+#
+# Three statements that this page invites, decided by rules as the papers' are. A claim of ours that fails is shown like one of theirs.
+
+# %%
+book.claims_table("09_side_by_side", card=run.card)
+
+# %% [markdown]
 # ## What we would deploy, and when
 #
 # - *The attacker can see or guess the weights.* Take a robust tower. On this page's front stand {glue:text}`front`; one pass an image, the
