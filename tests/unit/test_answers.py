@@ -1,6 +1,5 @@
 """Scores of answers: VQA's rule and exact match."""
 
-
 import numpy as np
 import pytest
 

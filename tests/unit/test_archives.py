@@ -1,6 +1,5 @@
 """Archives: nothing leaves its folder, and a damaged one is named."""
 
-
 import pytest
 from small_sets import tar, zipped
 

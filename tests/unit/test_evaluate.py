@@ -1,6 +1,5 @@
 """Evaluation, its records, its store. Models and attacks are toys whose right answers are known by hand."""
 
-
 import numpy as np
 import pytest
 import torch

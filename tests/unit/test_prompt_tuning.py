@@ -8,13 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from toy_prompts import NAMES, in_float32, toy_clip
-from toy_tuning import ATTACK, SHORT, in_step, kl, photos, reference
+from toy_tuning import ATTACK, SHORT, close, in_step, kl, photos, reference, same, trained
 
-from robustvlm_lite.clip import random_clip as another_clip
-from robustvlm_lite.defenses import PROMPT_METHODS, PromptTraining, build_prompts, gradient_shares
-from robustvlm_lite.defenses.capt import READINGS, Choices
+from robustvlm_lite.defenses import PROMPT_METHODS, build_prompts, gradient_shares
+from robustvlm_lite.defenses.capt import Choices
 from robustvlm_lite.defenses.prompt_tuning import Weight
-from robustvlm_lite.defenses.prompting import STYLES, scaled_spec
+from robustvlm_lite.defenses.prompting import scaled_spec
 from robustvlm_lite.prompts import PromptSpec
 from robustvlm_lite.runtime import UserError
 
@@ -33,10 +32,6 @@ def small(clip):
     model = in_float32(clip)
     model._text_cache.clear()
     return model
-
-
-def close(a, b, tolerance=1e-9):
-    assert a.shape == b.shape and (a - b).abs().max() <= tolerance * b.abs().max().clamp_min(1e-12), (a, b)
 
 
 # --- losses
@@ -150,57 +145,7 @@ def test_the_bank_of_advpt_holds_attacked_features_and_no_label(small):
     close(defense.losses(batch)["ce_bank"], expected)
 
 
-# --- alpha
-
-
-@pytest.mark.parametrize(
-    "reading, expected", [("A1", (0.8, 0.5, 0.0526, 0.4762)), ("A3", (0.878, 0.5, 0.0340, 0.0871)), ("A2", (0.8, 0.5, 0.05, 0.9))]
-)
-def test_alpha_on_the_vectors_of_the_specification(reading, expected):
-    frozen, tuned = ([math.log(p / (1 - p)) for p in ps] for ps in ((0.8, 0.5, 0.05, 0.9), (0.2, 0.5, 0.9, 0.99)))
-    logits = [torch.tensor([[z, 0.0] for z in zs]).double() for zs in (frozen, tuned)]
-    got = READINGS[reading](*logits, torch.zeros(4, dtype=torch.int64))
-    assert got.tolist() == pytest.approx(expected, abs=5e-4)
-
-
-def test_the_other_readings_of_alpha(clip):
-    y, g = torch.tensor([0, 1, 2, 3, 1]), torch.Generator().manual_seed(0)
-    frozen, tuned = (3 * torch.randn(5, 4, generator=g).double() for _ in range(2))
-    p, q = frozen.softmax(1), tuned.softmax(1)
-    rows = torch.arange(5)
-    batch_wide = p[rows, y].mean() / (p[rows, y].mean() + q[rows, y].mean())
-    close(READINGS["A4"](frozen, tuned, y), batch_wide.expand(5))
-    close(READINGS["A7"](frozen, tuned, y), p.amax(1) / (p.amax(1) + q.amax(1)))
-    running = build_prompts("CAPT", clip, config=Choices(alpha="A5"))
-    sure = 9 * F.one_hot(y, 4).double()
-    assert running.alpha(sure, -sure, y).unique().item() == 1.0, "the first batch counts whole"
-    assert running.alpha(-sure, sure, y).unique().item() == pytest.approx(0.9), "then a tenth of each"
-    assert READINGS["A3"](sure * 1e3, sure * 1e3, y).tolist() == [0.5] * 5, "two losses of 0 say nothing"
-    assert READINGS["A1"](-1e3 * sure, -1e3 * sure, y).tolist() == [0.5] * 5, "two probabilities of 0 keep their ratio"
-
-
-@pytest.mark.parametrize("reading", [*READINGS, 0.0, 0.5, 1.0])
-def test_alpha_is_a_weight_without_gradient(reading, clip):
-    defense, batch = in_step("CAPT", clip, config=Choices(alpha=reading))
-    frozen = batch.task.frozen["logits"][batch.index]
-    alpha = defense.alpha(frozen, defense.logits(defense.clean(batch), batch), batch.y)
-    assert alpha.shape == (5,) and not alpha.requires_grad and 0 <= alpha.min() and alpha.max() <= 1
-    if not isinstance(reading, str):
-        assert (alpha == reading).all()
-
-
 # --- special cases
-
-
-def trained(name, clip, *, data=None, training=SHORT, **options):
-    defense = build_prompts(name, clip, NAMES, **options)
-    return defense.fit(data or photos(), attack=ATTACK, training=training, seed=3, progress=False)
-
-
-def same(a, b) -> bool:
-    """Up to the rounding of float32."""
-    a, b = a.state(), b.state()
-    return a.keys() == b.keys() and all(torch.allclose(a[k], b[k], rtol=1e-4, atol=1e-5) for k in a)
 
 
 SPECIAL = {  # settings of one method that are another one
@@ -382,92 +327,3 @@ def test_gradient_shares_are_ratios_of_lengths(clip):
     total = length(sum(terms.values()))
     assert shares == pytest.approx({k: length(v) / total for k, v in terms.items()}, rel=1e-6)
     assert shares["taa"] > 0 and shares["vaa"] > 0
-
-
-# --- how the papers train
-
-
-def test_coops_schedule_is_dassls():
-    """An epoch at 1e-5, then a cosine that starts one epoch late; the logged rate of FAP in its third epoch."""
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    optimizer, schedule = PromptTraining(steps=50, batch=4, lr=0.0035, epoch=5).optimizer_of([parameter])
-    rates = []
-    for _ in range(50):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
-    assert rates[:5] == pytest.approx([1e-5] * 5) and rates[5:10] == pytest.approx([0.0035] * 5)
-    assert rates[10] == pytest.approx(3.4143e-3, abs=1e-7) and rates[-1] == pytest.approx(0.0035 / 2 * (1 + math.cos(0.8 * math.pi)))
-
-
-def test_styles_count_steps_as_the_papers_do():
-    """Batches of 16 shots, unfilled ones left out: the table of section 4.2, and APT's epochs by shots."""
-    data = photos(4)
-    for classes, steps in ((1000, 4000), (100, 400), (37, 148), (47, 188), (10, 40)):
-        sixteen = replace(data, images=data.images[:1].expand(16 * classes, -1, -1, -1))
-        plan = STYLES["maple"].training(sixteen)
-        assert (plan.epoch, plan.steps, plan.batch, plan.lr) == (steps, 10 * steps, 4, 0.0035)
-    apt = STYLES["apt"]
-    assert [apt.training(sixteen, k).steps // apt.training(sixteen, k).epoch for k in (1, 2, 4, 8, 16, 0)] == [50, 100, 100, 200, 200, 200]
-    assert apt.attack(4.0) == (4.0, {"n_steps": 3, "step_255": pytest.approx(8 / 3), "keep": "last"})
-    assert STYLES["advpt"].attack(1.0) == (8.0, {"n_steps": 10, "step_255": 1.0, "keep": "last"})
-    assert apt.training(data).batch == 4 and apt.training(data).augment and apt.attack_step == pytest.approx(2 / 3)
-
-
-@pytest.fixture(scope="module")
-def vit_b32():
-    return another_clip("ViT-B-32-quickgelu")
-
-
-@pytest.mark.parametrize("name", ["CAPT", "CBA-FAPT", "FAP"])
-def test_the_papers_shapes_take_a_step(name, vit_b32):
-    """Random weights of ViT-B/32, two images of 224 pixels, the paper's own prompts."""
-    data, defense = photos(2, side=224), build_prompts(name, vit_b32, NAMES)
-    defense.fit(data, attack=ATTACK, training=replace(SHORT, steps=1, batch=2), progress=False)
-    assert all(math.isfinite(v) for v in defense.history[0].values())
-    with torch.no_grad():
-        assert defense.classifier(NAMES)(data.pixels()).isfinite().all()
-
-
-def test_parameters_at_vit_b32_are_the_papers(vit_b32):
-    clip = vit_b32
-    counts = {"AVP": 241_920, "AdvVP": 73_680, "APT": 8_192, "AdvPT": 16_384, "AdvVLP": 23_040, "AdvMaPLe": 3_555_072,
-              "FAP": 3_557_120, "FAP (shared projection)": 801_024, "CAPT": 23_040, "CBA-FAPT": 3_557_120}  # fmt: skip
-    for name, count in counts.items():
-        assert build_prompts(name, clip, NAMES).learner.num_parameters() == count, name
-    assert build_prompts("APT (class-specific)", clip, NAMES).learner.num_parameters() == 4 * 8_192
-    assert PROMPT_METHODS["CAPT"].spec == scaled_spec(clip, PROMPT_METHODS["CAPT"].spec)
-
-
-# --- what is refused
-
-
-def test_bad_choices_are_one_clear_line(clip, register):
-    other = toy_clip(register, "toy-tuning-wide")
-    other.model.text_projection = torch.nn.Parameter(torch.zeros(16, 24).double())
-    cases = {
-        "CAPT: expected lambda >= 0, got -1": lambda: Choices(weight=-1.0),
-        "CAPT: expected lambda >= 0, got nan": lambda: Choices(weight=float("nan")),
-        "unknown reading of alpha 'A8'; known: A1, A2, A3, A4, A5, A7": lambda: Choices(alpha="A8"),
-        "expected a constant alpha in [0, 1], got 1.5": lambda: Choices(alpha=1.5),
-        "unknown direction 'forward'; known": lambda: Choices(direction="forward"),
-        "unknown inner 'KL'; ": lambda: Choices(inner="KL"),
-        "expected a weight (lambda, beta) >= 0, got -0.5": lambda: Weight(-0.5),
-        "expected a teacher of embedding width 16, that of toy-tuning, got 24 of toy-tuning-wide": (
-            lambda: build_prompts("CAPT", clip, teacher=other)),
-        "unknown prompt-tuned defense 'CAP'; did you mean 'CAPT'": lambda: build_prompts("CAP", clip),
-        "PAFT: expected the class names that its head is for": lambda: build_prompts("PAFT", clip),
-        "PAFT: expected the 4 classes of its head, got 2 others": lambda: build_prompts("PAFT", clip, NAMES).classifier(("a", "b")),
-        "expected the 4 classes of the class-specific contexts, got 2 others": (
-            lambda: build_prompts("APT (class-specific)", clip, NAMES).classifier(("a", "b"))),
-        "depth_text: expected at most 3, the blocks of toy-tuning, got 4": (
-            lambda: build_prompts("CAPT", clip, spec=PromptSpec(2, 4, 2, 4))),
-        "coupling 'fap': expected prompts in at most 3 blocks, because toy-tuning has 3 text and 4 image blocks": (
-            lambda: build_prompts("FAP", clip, spec=PromptSpec(2, 4, 2, 4, coupling="fap"))),
-        "FAP trains on adversarial images: expected attack=..., got None": lambda: build_prompts("FAP", clip).fit(photos()),
-        "AdvPT makes its bank of attacked features: expected attack=..., got None": lambda: build_prompts("AdvPT", clip).fit(photos()),
-    }  # fmt: skip
-    for line, call in cases.items():
-        with pytest.raises(UserError) as error:
-            call()
-        assert line in str(error.value) and "\n" not in str(error.value), error.value

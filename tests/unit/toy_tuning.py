@@ -58,3 +58,18 @@ def kl(p_logits, q_logits):
     """Sum over classes of p log(p / q), written out."""
     p, q = p_logits.softmax(1), q_logits.softmax(1)
     return (p * (p / q).log()).sum(1)
+
+
+def trained(name, clip, *, data=None, training=SHORT, **options):
+    defense = build_prompts(name, clip, NAMES, **options)
+    return defense.fit(data or photos(), attack=ATTACK, training=training, seed=3, progress=False)
+
+
+def same(a, b) -> bool:
+    """Up to the rounding of float32."""
+    a, b = a.state(), b.state()
+    return a.keys() == b.keys() and all(torch.allclose(a[k], b[k], rtol=1e-4, atol=1e-5) for k in a)
+
+
+def close(a, b, tolerance=1e-9):
+    assert a.shape == b.shape and (a - b).abs().max() <= tolerance * b.abs().max().clamp_min(1e-12), (a, b)

@@ -1,0 +1,5 @@
+"""What a figure says."""
+
+
+def texts(ax):
+    return [t.get_text() for t in ax.texts]
