@@ -214,7 +214,7 @@ def my_worst(found):
 
 
 assert all(math.isclose(my_worst(rows[m]), worst[m].value, abs_tol=1e-6) for m in line)
-print(f"{sum(len(r) - 1 for r in rows.values())} attacked accuracies, {len(task)} images each")
+print(f"{sum(len(r) - 2 for r in rows.values())} attacked accuracies, {len(task)} images each")
 
 # %%
 OBLIVIOUS = next(iter(shared))
@@ -228,7 +228,7 @@ book.show(fig, "stages", alt="For every method three points: accuracy on clean i
           caption=f"{task.name}, n = {len(task)}, ε = {eps_255:g}/255, {sizes.views} views; chance {100 / len(task.class_names):.0f} %. Bars: 95 % intervals.")  # fmt: skip
 
 # %%
-strongest = {m: min((row for row in r if row.attack != "none"), key=lambda row: row.value) for m, r in rows.items()}
+strongest = {m: min((row for row in r if row.attack not in ("none", "unchanged")), key=lambda row: row.value) for m, r in rows.items()}
 lines = [{"method": m} | {head: book.tables.with_interval(row.value, row.ci95) for head, row in heads.items()} | {"strongest alone": f"{strongest[m].attack}: {100 * strongest[m].value:.0f}"} for m, heads in stage.items()]
 for m, heads in stage.items():
     for head, row in zip(("clean", "oblivious", "worst"), heads.values(), strict=True):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import pyarrow as pa
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -95,9 +96,20 @@ def besieged(run, candidate: Candidate, data: ImageSet, shared: Mapping[str, Ten
     for way, (attack, surface) in candidate.ways.items():
         shown[way] = crafted(run, renamed(attack, way), surface, data, eps_255, f"{way}, {candidate.name}")
     rows += [measure_images(run, candidate.name, candidate.model, data, x_adv, way, eps_255) for way, x_adv in shown.items()]
-    worst = evaluate.worst_case([*rows, replace(rows[0], metric="robust_acc", attack="unchanged", eps_255=eps_255)])
-    run.card.add(worst)
+    rows.append(_unchanged(rows[0], eps_255))
+    worst = evaluate.worst_case(rows)
+    run.card.add([rows[-1], worst])
     return rows, worst
+
+
+def _unchanged(clean: Row, eps_255: float) -> Row:
+    """The clean verdicts as those of an attacker who does nothing, in a row and records of their own."""
+    records = clean.records
+    for name, value in (("attack", "unchanged"), ("eps_255", eps_255)):
+        at = records.schema.get_field_index(name)
+        kind = records.schema.field(at).type
+        records = records.set_column(at, name, pa.array([value] * len(records), type=kind))
+    return replace(clean, metric="robust_acc", attack="unchanged", eps_255=eps_255, records=records)
 
 
 # ---- the price of an answer

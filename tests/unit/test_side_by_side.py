@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from robustvlm_lite import attacks, data, defenses, evaluate
 from robustvlm_lite.book import side_by_side as side
 from robustvlm_lite.cards import Card
 from robustvlm_lite.clip import load_clip
+from robustvlm_lite.records import verdicts
 from robustvlm_lite.runtime import UserError
 
 
@@ -147,9 +149,9 @@ def test_the_worst_case_is_over_all_that_was_shown(clip, photos, run):
     candidate = side.static("CLIP", "undefended", defenses.Defense(clip), photos, ["pgd-5"])
     gray = torch.full_like(photos.pixels(), 128 / 255)  # nobody is right about all of these
     rows, worst = side.besieged(run, candidate, photos, {"gray": gray}, 255.0)
-    right = [row.records.sort_by("index")["correct"].to_numpy(zero_copy_only=False) for row in rows[1:]]
-    assert [row.attack for row in rows] == ["none", "gray", "pgd-5"]
-    assert worst.value == np.logical_and(*right).mean() and worst.metric == "robust_acc_worst"
+    right = [row.records.sort_by("index")["correct"].to_numpy(zero_copy_only=False) for row in rows[:3]]
+    assert [row.attack for row in rows] == ["none", "gray", "pgd-5", "unchanged"]
+    assert worst.value == np.logical_and.reduce(right).mean() and worst.metric == "robust_acc_worst"
 
 
 def test_what_is_wrong_unchanged_is_lost_even_if_an_attack_mends_it(clip, photos, run):
@@ -164,6 +166,9 @@ def test_what_is_wrong_unchanged_is_lost_even_if_an_attack_mends_it(clip, photos
     shown = {"gray": torch.full_like(photos.pixels(), 128 / 255)}
     rows, worst = side.besieged(run, side.Candidate("contrary", "", Contrary()), photos, shown, 255.0)
     assert (rows[0].value, rows[1].value, worst.value) == (0, 1, 0)
+    examples = pa.concat_tables([row.records for row in rows])
+    index, correct = verdicts(examples, worst.as_dict())  # as the rules read it from a committed card
+    assert len(index) == len(photos) and not correct.any()
 
 
 # ---- prices
