@@ -254,7 +254,9 @@ book.table(lines, caption=f"{task.name}, n = {len(task)}, ε = {eps_255:g}/255: 
 # An oblivious attack on a robust tower is just as mild: it was made for other weights. The column is not wrong. It answers a question
 # that an attacker does not ask.
 #
-# The last column of the table names the attack that does most by itself. Where a method at test time is hurt most by the plain
+# The last column of the table names the attack that does most by itself.
+#
+# Where a method at test time is hurt most by the plain
 # attack on its tower, or by the long attack on other views, the short ones through itself have not converged: every step costs as much as
 # many images. Such a figure can only come down, and no rank near the top is safe.
 #
@@ -431,9 +433,9 @@ book.claims_table("09_side_by_side", card=run.card)
 # %% [markdown]
 # ## What we would deploy, and when
 #
-# - *The attacker can see or guess the weights.* Take a robust tower. On this page's front stand {glue:text}`front`; one pass an image, the
-#   same answer tomorrow, and gradients that an honest test can use. A place there that rests on views is only as good as the attacks
-#   that were affordable here.
+# - *The attacker can see or guess the weights.* Take a robust tower: one pass an image, the same answer tomorrow, and gradients that an
+#   honest test can use. On this page's front stand {glue:text}`front`; a place there that rests on views is only as good as the attacks that were
+#   affordable here.
 # - *Few labeled images of the own task.* Tune prompts on a robust tower, and check that the worst case rises, not the oblivious column.
 # - *Nobody can attack the model itself, but images come damaged or attacked for other models.* A plain view ensemble is the one to beat; a
 #   tuned prompt has to earn its cost above it.
