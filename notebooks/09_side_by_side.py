@@ -433,9 +433,9 @@ book.claims_table("09_side_by_side", card=run.card)
 # %% [markdown]
 # ## What we would deploy, and when
 #
-# - *The attacker can see or guess the weights.* Take a robust tower: one pass an image, the same answer tomorrow, and gradients that an
-#   honest test can use. On this page's front stand {glue:text}`front`; a place there that rests on views is only as good as the attacks that were
-#   affordable here.
+# - *The attacker can see or guess the weights.* These images rank nothing for sure between robust towers and views; on the front stand
+#   {glue:text}`front`. We would take a robust tower all the same: one pass, the same answer tomorrow, gradients that an honest test can
+#   use. A figure that rests on views is only as good as affordable attacks.
 # - *Few labeled images of the own task.* Tune prompts on a robust tower, and check that the worst case rises, not the oblivious column.
 # - *Nobody can attack the model itself, but images come damaged or attacked for other models.* A plain view ensemble is the one to beat; a
 #   tuned prompt has to earn its cost above it.
