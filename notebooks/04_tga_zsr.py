@@ -53,6 +53,7 @@ import importlib.util
 import subprocess
 import sys
 from functools import partial
+from itertools import product
 
 import torch
 from IPython.display import display
@@ -371,12 +372,13 @@ tuned, unseen = ([book.images(run, s) for s in sets] for sets in (sizes.tuned, s
 rows = [row for m in RIVALS for d in tuned + unseen for row in book.measure(run, models[m], d, [(pgd, threat)])]
 far, half = unseen[0], ThreatModel(eps_255 / 2)
 rows += [row for m in RIVALS for row in book.measure(run, models[m], far, [(pgd, half)]) if row.metric == "robust_acc"]
-told = {"clean_acc": "Clean accuracy in percent: classes that fine-tuning saw, then unseen ones.",
+told = {"clean_acc": "Clean accuracy in percent: first the sets that fine-tuning took images from, then others.",
         "robust_acc": f"Robust accuracy in percent under {pgd.label} at ε = {eps_255:g}/255, the same images."}  # fmt: skip
-for metric, caption in told.items():
+groups = [tuned + unseen] if len(tuned + unseen) < 6 else [tuned, unseen]  # a table holds seven columns
+for (metric, caption), group in product(told.items(), groups):
     eps = 0.0 if metric == "clean_acc" else eps_255
-    columns = {d.name: {"dataset": d.name, "metric": metric, "eps_255": eps} for d in tuned + unseen}
-    if eps and len(columns) < 6:  # a table holds seven columns
+    columns = {d.name: {"dataset": d.name, "metric": metric, "eps_255": eps} for d in group}
+    if eps and far in group and len(columns) < 6:
         columns[f"{far.name}, ε {half.eps_255:g}"] = {"dataset": far.name, "metric": metric, "eps_255": half.eps_255}
     display(book.accuracy_table(rows, columns=columns, caption=caption))
 book.published_table("04_tga_zsr")
@@ -471,7 +473,7 @@ def map_and_margin(model, x, y, weight=3.0):
 map_attack = attacks.attack_on(map_and_margin, f"map+margin-{pgd.n_steps}", pgd.n_steps)
 
 # %%
-strong = [attacks.get_attack(sizes.pgd.replace("pgd", "cw")), map_attack, attacks.get_attack(sizes.autoattack)]
+strong = [*map(attacks.get_attack, [*sizes.longer, sizes.pgd.replace("pgd", "cw")]), map_attack, attacks.get_attack(sizes.autoattack)]
 STRONG = ["TeCoA", "PMG-AFT", "TGA-ZSR"]
 attacked = [r for r in rows if r.dataset == photos.name and r.method in STRONG]
 attacked += [r for m in STRONG for r in book.measure(run, models[m], photos, [(attack, threat) for attack in strong])]

@@ -73,19 +73,10 @@ clip, threat = run.load_clip(), ThreatModel(eps_255)
 # and one who does not ([chapter 03](03_sound_evaluation.py)). You will be able to compare defenses without favoring one, and to say
 # what a cost buys. Reading takes about 20 minutes.
 #
-# ## The candidates
+# ## See the problem first
 #
-# Four kinds stand in line. *Robust training* changes the image tower once, and answers with one pass. *Prompt tuning* leaves the
-# tower and learns what stands beside the image or the words. Defenses *at test time* train nothing and pay at every image.
-# *Combinations* put one of these on top of another.
-#
-# All come from the checkpoints that ship with the book. Nothing is tuned for this page but the prompts of the combinations, and those say so.
-#
-# Robust training took photographs and rendered scenes, attacked at 2/255. APT and CAPT sit on TeCoA's tower, as CAPT's protocol
-# asks, and were tuned at 2/255. FAP and CBA-FAPT sit on the undefended tower and were tuned at 1/255, as theirs asks.
-#
-# That is not the same help for everybody, and no rule could make it so: what a method is allowed to change *is* the method. FT-clean is
-# a control. It was trained on the same images as the robust towers, without an attack.
+# One photograph, four times. Each copy differs from the first by at most {glue:text}`eps` gray levels, and each was made
+# to fool another model.
 
 # %%
 task = book.images(run, sizes.test)
@@ -94,14 +85,6 @@ line = {"CLIP": side.static("CLIP", "undefended", defenses.Defense(clip), task, 
 for kind, names in (("robust training", sizes.trained), ("prompt tuning", sizes.prompts)):
     line |= {m: side.static(m, kind, defenses.load_defense(m, clip), task, sizes.specs) for m in names}
 line |= {m: side.at_test_time(m, "at test time", clip, m, task, **settings) for m in sizes.test_time}
-book.table([{"method": c.name, "kind": c.kind, "attacks of its own": ", ".join(c.ways)} for c in line.values()],
-           caption=f"Who competes, and how each is attacked besides what everybody is shown. eot: {sizes.eot_steps} steps through {sizes.few} fresh views each.")  # fmt: skip
-
-# %% [markdown]
-# ## See the problem first
-#
-# One photograph, four times. Each copy differs from the first by at most {glue:text}`eps` gray levels, and each was made
-# to fool another model.
 
 # %%
 pgd, keys = attacks.get_attack(sizes.specs[0]), [(seed, task.name, "problem", i) for i in range(min(16, len(task)))]
@@ -126,6 +109,25 @@ book.show(fig, "problem", alt="One photograph clean and in three attacked copies
 # An attack is made for one model. Whether another model falls for it too says little about how that other model would fare if it were the
 # target. That is the whole difficulty of a fair comparison, and the reason why every candidate here meets attacks of its own.
 #
+# ## The candidates
+#
+# Four kinds stand in line. *Robust training* changes the image tower once, and answers with one pass. *Prompt tuning* leaves the
+# tower and learns what stands beside the image or the words. Defenses *at test time* train nothing and pay at every image.
+# *Combinations* put one of these on top of another.
+#
+# All come from the checkpoints that ship with the book. Nothing is tuned for this page but the prompts of the combinations, and those say so.
+#
+# Robust training took photographs and rendered scenes, attacked at 2/255. APT and CAPT sit on TeCoA's tower, as CAPT's protocol
+# asks, and were tuned at 2/255. FAP and CBA-FAPT sit on the undefended tower and were tuned at 1/255, as theirs asks.
+#
+# That is not the same help for everybody, and no rule could make it so: what a method is allowed to change *is* the method. FT-clean is
+# a control. It was trained on the same images as the robust towers, without an attack.
+
+# %%
+book.table([{"method": c.name, "kind": c.kind, "attacks of its own": ", ".join(c.ways)} for c in line.values()],
+           caption=f"Who competes, and how each is attacked besides what everybody is shown. eot: {sizes.eot_steps} steps through {sizes.few} fresh views each.")  # fmt: skip
+
+# %% [markdown]
 # ## Symbols
 #
 # | symbol | meaning | shape | name in code |
