@@ -432,10 +432,10 @@ for part, seeds in beyond:
 
 # %%
 grid = [(pgd, ThreatModel(eps)) for eps in sizes.eps_grid]
-CURVES = ["HEP", "APT", "TRADES", "CAPT"]
+CURVES = ["HEP", "APT", "CAPT"]
 curve = [r for m in CURVES for r in book.measure(run, by_name[m], scenario.tests["all"], grid, seed=main)]
 fig = plots.accuracy_vs_eps(curve, chance=1 / len(task.class_names), order=CURVES)
-book.show(fig, "curve", alt="Accuracy of four methods falling with the attack budget, down to chance",
+book.show(fig, "curve", alt="Accuracy of three methods falling with the attack budget, down to chance",
           caption=f"{task.name}, {pgd.label}, seed {main}, 95 % intervals. Prompts were tuned at ε = {eps_255:g}/255 alone.")  # fmt: skip
 
 # %% [markdown]
