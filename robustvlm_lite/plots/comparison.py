@@ -7,14 +7,14 @@ from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from .style import NARROW, POINTS, ink, new_figure, require, spread, styled
 
-STAGES = (("#000000", "o", True), ("#0072B2", "D", False), ("#D55E00", "s", True))  # color, marker, filled
+STAGES = (("#000000", "o", True), ("#0072B2", "D", False), ("#D55E00", "s", True), ("#009E73", "^", False))  # color, marker, filled
 GRAY = "#767676"
 LINE = 1.25 * POINTS / 72  # inches between two names
 
 
 @styled
 def stages(values: Mapping[str, Mapping[str, tuple[float, float, float]]], *, quantity: str, groups: Mapping[str, Sequence[str]]):
-    """One line a method, its accuracy (0 to 100 %) at up to three stages as points, each with its 95 % interval.
+    """One line a method, its accuracy (0 to 100 %) at up to four stages as points, each with its 95 % interval.
 
     values: method -> stage -> (value, low, high) as fractions, the same stages for all. groups: heading -> methods, from
     top to bottom.
