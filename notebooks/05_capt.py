@@ -69,6 +69,7 @@ if importlib.util.find_spec("robustvlm_lite") is None:  # on Colab
 
 from robustvlm_lite import attacks, book, defenses, evaluate, fewshot, plots, sanity
 from robustvlm_lite.book import exercises_prompts as exercises
+from robustvlm_lite.book import wider
 from robustvlm_lite.defenses import capt
 from robustvlm_lite.prompts import PromptSpec
 from robustvlm_lite.threat import ThreatModel
@@ -238,8 +239,9 @@ book.show(fig, "readings", alt="Trust in the frozen model against the tuned mode
 # A consequence is visible before any training. On the few images that prompts are tuned on, the tuned model's probability of
 # the true class tends to one.
 #
-# Then A1 falls to $p_{fz} / (1 + p_{fz})$, which is at most one half, and A3 falls to zero,
-# however good the frozen model is. The frozen model's say is *self-limiting*. That is also the first open question of the summary that we could read.
+# In that limit A1 falls to $p_{fz} / (1 + p_{fz})$, which is at most one half, and A3 to zero,
+# however good the frozen model is. The frozen model's say is *self-limiting*; whether a short tuning comes near the limit, the figure of
+# the ablation shows. That is also the first open question of the summary that we could read.
 #
 # ## Paper versus code
 #
@@ -248,7 +250,7 @@ book.show(fig, "readings", alt="Trust in the frozen model against the tuned mode
 # | what | what the sources say | ours | switch | effect on this page |
 # |---|---|---|---|---|
 # | formula of α | adaptive, reliability on clean images | A1 | `Choices(alpha=...)` | A2 to A7: ablation |
-# | λ | none | 1.5, FAP's optimum; TRADES takes 6 | `weight` | other values not measured |
+# | λ | none | 1.5, the optimum of FAP ([chapter 6](06_cba_fapt.py)); TRADES takes 6 | `weight` | other values not measured |
 # | direction of KL | printed as KL(attacked, frozen) | target first, as all code of this family computes it | `direction` | forces below; not tuned |
 # | gradient through the own clean answer | none | yes, as TRADES | `detach_clean` | forces below; not tuned |
 # | what the training attack raises | PGD | cross-entropy of the tuned model; else the KL, or the bracket | `inner` | not measured |
@@ -306,8 +308,7 @@ book.table(rows, caption=f"The loss of one batch before the first step, n = {len
 # context, PAFT a linear head. The last three share CAPT's prompts: TRADES, distillation, and CAPT.
 
 # %%
-everything = [fewshot.in_distribution(pool, test, sizes.shots) for pool, test in zip(pools, tests, strict=True)]
-scenario = everything[0]
+scenario = fewshot.in_distribution(pools[0], task, sizes.shots)
 
 
 def tuned(scenario, methods, **options):
@@ -332,7 +333,7 @@ book.glue("alpha-start", history[sizes.seeds[0]][0]["alpha"])
 book.glue("alpha-end", sum(ends) / len(ends))
 
 # %% [markdown]
-# It begins at {glue:text}`alpha-start:.2f`: before the first step the two models differ only by their words. It ends at
+# It begins at {glue:text}`alpha-start:.2f`: before the first step the two models differ by their words and by the random tokens that CAPT starts from. It ends at
 # {glue:text}`alpha-end:.2f`. Where it falls, the tuned model has learned its shots and the frozen one is heard less and less;
 # the quartile shows that it happens image by image.
 #
@@ -348,13 +349,7 @@ book.glue("alpha-end", sum(ends) / len(ends))
 # AdvVP, APT and PAFT have no clean term, so only this second way can find those.
 
 # %%
-def measured(scenario, models):
-    rows = book.measure_scenario(run, scenario, models, pgd, eps_255)
-    marks = book.marked(models, len(scenario.train(sizes.seeds[0]).class_names))
-    return rows, fewshot.summarize(rows, scenario, attack=pgd.name, eps_255=eps_255, marked=marks)
-
-
-rows, summaries = measured(scenario, models)
+rows, summaries = wider.measured(run, scenario, models, pgd, eps_255)
 for s in summaries:
     book.glue(f"clean-{s.method}", 100 * s.natural["all"][0])
     book.glue(f"robust-{s.method}", 100 * s.robust["all"][0])
@@ -403,20 +398,24 @@ book.show(figs, "paired", alt="Paired differences to hand-written prompts, clean
 # about each half by itself. *Across* moves the prompts to another data set, *without a domain* leaves one style of image out
 # of the shots, where the profile has such data.
 #
-# One caution for `tiny`: the robust tower was fine-tuned on the photographs' training images, all classes included. "New"
-# means new to the prompts.
+# One caution for bundled towers: `nano` was pre-trained on the training images of every pack, and the robust tower was fine-tuned on
+# the bundled photographs, all classes included. "New", "other set" and "left out" mean new to the prompts, not to the tower.
 
 # %%
-beyond = [(fewshot.base_to_new(pools[1], tests[1], sizes.shots), sizes.seeds)]
+named = {name: pair for (name, _), *pair in zip(sizes.tests, pools, tests, strict=True)}
 others = [run.load(name, n=n or k) for name, k in sizes.across]
-beyond += [(fewshot.across(pools[1], tests[1], others, sizes.shots), sizes.seeds[:1])]
-beyond += [(fewshot.domain_out(pools[-1], tests[-1], domain, sizes.shots), sizes.seeds) for domain in sizes.domains]
-general = {}
-for part, seeds in beyond:
-    chosen = {s: [book.tune(run, m, carrier, part.train(s), s) for m in sizes.general] for s in seeds}
-    general[part.name] = measured(part, chosen)
-    attacked = f"{pgd.name} at ε = {eps_255:g}/255, n = {' and '.join(str(len(t)) for t in part.tests.values())}"
-    display(book.scenario_table(general[part.name][1], caption=f"{part.name}, {tests[1].name}, {sizes.shots} shots, {attacked}."))
+beyond = {f"{name}, base to new": fewshot.base_to_new(*named[name], sizes.shots) for name in sizes.halves}
+beyond |= {f"From {sizes.source} to other sets": fewshot.across(*named[sizes.source], others, sizes.shots)}
+beyond |= {f"{tests[-1].name} without {domain}": fewshot.domain_out(pools[-1], tests[-1], domain, sizes.shots) for domain in sizes.domains}
+for title, part in beyond.items():
+    seeds = sizes.seeds if "base" in part.tests else sizes.seeds[:1]
+    found = wider.tune_and_measure(run, carrier, part, sizes.general, seeds, pgd, eps_255)
+    parts = f"n = {' and '.join(str(len(t)) for t in part.tests.values())}"
+    display(book.scenario_table(found, caption=f"{title}, {sizes.shots} shots, {parts}; {pgd.name} at ε = {eps_255:g}/255."))
+more = {title: wider.tune_and_measure(run, carrier, part, sizes.general, sizes.seeds[:1], pgd, eps_255)
+        for title, part in wider.other_sets(pools[:sizes.wide], tests[:sizes.wide], sizes.further).items()}  # fmt: skip
+if more:
+    display(wider.sets_table(more, caption=f"Other sets and fewer shots, one seed, {pgd.name} at ε = {eps_255:g}/255."))
 
 # %% [markdown]
 # Two things to look for. On *base*, tuning should help, as on any task with shots. On *new*, no method can win by learning
@@ -440,7 +439,7 @@ book.show(fig, "curve", alt="Accuracy of three methods falling with the attack b
 
 # %% [markdown]
 # The prompts met one budget in training. To its right the tower decides: tokens cannot add robustness that the tower has
-# not. A curve that stayed above chance at a budget that can redraw an image would mean a masked gradient.
+# not, and may lose some. Compare each curve there with that of hand-written prompts. A curve that stayed above chance at a budget that can redraw an image would mean a masked gradient.
 #
 # ## Is the evaluation sound?
 
@@ -501,7 +500,7 @@ book.sanity_table([sanity.attack_order(hit)])
 # {glue:text}`worst-APT:.0f`, TRADES {glue:text}`worst-TRADES:.0f`, the linear head {glue:text}`worst-PAFT:.0f`, hand-written prompts {glue:text}`worst-HEP:.0f` percent. What a profile's AutoAttack leaves is
 # an upper bound; the caption says how short it is.
 #
-# Where *softened* does less than PGD, cross-entropy was not saturated to begin with: this tower's scale is far below that of
+# Where *softened* does less than PGD, cross-entropy was not saturated to begin with: a bundled tower's scale is far below that of
 # OpenAI's CLIP, on which the check belongs to every evaluation.
 #
 # ## Ablation: the weight, the frozen model, the towers
@@ -574,7 +573,7 @@ book.show(plots.cost_scatter(points, cost="seconds per tuning step"), "cost",
 # one tuning a method; images are resampled in both. An interval then says what other images would change, not what other shots
 # would: that is the ± of the table.
 #
-# Where an interval covers zero, these images cannot tell, and the claim may still hold at the paper's scale, ViT-B/32 at 224 pixels.
+# Where an interval covers zero, these images cannot tell, and the claim may still hold elsewhere; the paper's scale is ViT-B/32 at 224 pixels.
 # An interval of no width means that no image got another verdict, which is not certainty.
 
 # %%
@@ -636,8 +635,8 @@ exercises.check_trust(trust, frozen.cpu(), tuned_logits.cpu(), y.cpu())
 # - Give every rival a learning rate of its own before you rank methods: the winning factors of one chapter lie far apart.
 # - The adaptive weight began at {glue:text}`alpha-start:.2f` and ended at {glue:text}`alpha-end:.2f`. Under the default
 #   reading it cannot exceed one half once the shots are learned.
-# - The formula of the weight, λ and the backbone are not public. Each stands here as a switch with its effect.
-# - Prompts inherit the tower. Most of the robustness in these tables was there before a token was learned.
+# - The formula of the weight, λ and the backbone are not public. Each stands here as a switch; the ledger says whose effect was measured.
+# - Prompts inherit the tower: compare every row with hand-written prompts, which have its robustness before a token is learned.
 # - Means over seeds without a count of collapsed runs say little in few-shot tuning.
 #
 # To use it on your own images: `defenses.build_prompts("CAPT", clip).fit(shots, attack=..., training=...)` tunes,

@@ -1,0 +1,61 @@
+"""Scenarios beyond the main one: which sets and shots are run, under which names, and the table of them."""
+
+from types import SimpleNamespace
+
+import pytest
+from toy_tuning import photos
+
+from robustvlm_lite import fewshot
+from robustvlm_lite.attacks import get_attack
+from robustvlm_lite.book import wider
+from robustvlm_lite.cards import Card
+from robustvlm_lite.fewshot import Summary
+from robustvlm_lite.records import Store
+
+
+@pytest.fixture
+def sets():
+    return [photos(24, 64, seed=k, name=f"small/{name}") for k, name in enumerate(("a", "b"))]
+
+
+def test_every_set_and_number_of_shots_but_the_main_pair(sets):
+    found = wider.other_sets(sets, sets, [4, 2])
+    assert list(found) == ["small/b, 4 shots", "small/a, 2 shots", "small/b, 2 shots"]
+    assert {head: s.tests["all"].name for head, s in found.items()} == {
+        "small/b, 4 shots": "small/b:all", "small/a, 2 shots": "small/a:all, 2 shots", "small/b, 2 shots": "small/b:all, 2 shots",
+    }  # fmt: skip
+    per_class = {head: len(s.train(1)) / len(sets[0].class_names) for head, s in found.items()}
+    assert list(per_class.values()) == [4, 2, 2]
+    assert wider.other_sets(sets[:1], sets[:1], [4]) == {}
+
+
+def test_other_shots_keep_their_parts_and_leave_the_names_that_claims_read(sets):
+    scenario = fewshot.base_to_new(sets[0], sets[0], 2)
+    other = wider.with_shots(scenario, 2)
+    assert list(other.tests) == ["base", "new"] and other.train(3).sha256 == scenario.train(3).sha256
+    assert not any(images.name.endswith((":base", ":new")) for images in other.tests.values())
+    assert other.tests["new"].sha256 == scenario.tests["new"].sha256
+
+
+def test_methods_are_tuned_once_a_seed_and_measured_on_every_part(sets, random_clip, tmp_path):
+    sizes = SimpleNamespace(shots=2, backbone="none")
+    run = SimpleNamespace(seed=0, sizes=sizes, device="cpu", parameters={"eps_255": 1.0}, out=tmp_path, card=Card("05_capt", "tiny", 0, {}))
+    run.store = Store(tmp_path / "cells")
+    scenario, attack = fewshot.base_to_new(sets[0], sets[0], 2), get_attack("pgd-2")
+    (found,) = wider.tune_and_measure(run, random_clip, scenario, ["HEP"], [1, 2], attack, 1.0)
+    assert (found.method, found.seeds, list(found.natural)) == ("HEP", 2, ["base", "new"])
+    for part, images in scenario.tests.items():
+        logits = random_clip.classifier(images.class_names, images.templates)(images.pixels())
+        right = (logits.argmax(1) == images.labels).float().mean().item()
+        assert found.natural[part] == pytest.approx((right, 0)) and found.robust[part][0] <= right
+    rows = run.card.as_dict()["rows"]
+    assert {(r["dataset"], r["extra"]["seed"]) for r in rows} == {(f"small/a:{part}", seed) for part in ("base", "new") for seed in (1, 2)}
+
+
+def test_the_table_has_a_line_a_set_and_a_column_a_method():
+    def summary(method, natural, robust, collapsed=0):
+        return Summary(method, 1, {"all": natural}, {"all": robust}, *[(0.0, 0.0)] * 3, collapsed)
+
+    found = {"a, 4 shots": [summary("HEP", (0.5, 0.01), (0.25, 0.02)), summary("CAPT", (0.625, 0.0), (0.125, 0.0), 1)]}
+    html = str(wider.sets_table(found, caption="Sets.")).replace("\u00a0", " ")
+    assert "50.0 ± 1.0 / 25.0 ± 2.0" in html and "62.5 ± 0.0 / 12.5 ± 0.0" in html and "1 of 2" in html and "a, 4 shots" in html
