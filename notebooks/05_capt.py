@@ -411,7 +411,7 @@ for title, part in beyond.items():
     seeds = sizes.seeds if "base" in part.tests else sizes.seeds[:1]
     found = wider.tune_and_measure(run, carrier, part, sizes.general, seeds, pgd, eps_255)
     parts = f"n = {' and '.join(str(len(t)) for t in part.tests.values())}"
-    display(book.scenario_table(found, caption=f"{title}, {sizes.shots} shots, {parts}; {pgd.name} at ε = {eps_255:g}/255."))
+    display(wider.parts_table(found, caption=f"{title}, {sizes.shots} shots, {parts}; {pgd.name} at ε = {eps_255:g}/255."))
 more = {title: wider.tune_and_measure(run, carrier, part, sizes.general, sizes.seeds[:1], pgd, eps_255)
         for title, part in wider.other_sets(pools[:sizes.wide], tests[:sizes.wide], sizes.further).items()}  # fmt: skip
 if more:
