@@ -4,12 +4,36 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+from torch import Tensor
 
+from .pictures import RIGHT, WRONG
 from .style import NARROW, POINTS, ink, new_figure, require, spread, styled
 
 STAGES = (("#000000", "o", True), ("#0072B2", "D", False), ("#D55E00", "s", True))  # color, marker, filled
 GRAY = "#767676"
 LINE = 1.25 * POINTS / 72  # inches between two names
+
+
+@styled
+def copies(images: Tensor, answers: Mapping[str, Mapping[str, tuple[str, bool]]]):
+    """A column of images, beside each its heading and what every model says to it, marked ✓ or ✗, a line each.
+
+    images: [N, 3, H, W] in [0, 1]; answers: heading of an image -> model -> (what it says, is it right?), in the same order.
+    """
+    require(len(images) == len(answers), f"expected a heading for each of {len(images)} images, got {len(answers)}")
+    fig = new_figure(NARROW, 1.12 * len(images))
+    grid = fig.add_gridspec(len(images), 2, width_ratios=(1, 2.1))
+    for i, (image, (head, said)) in enumerate(zip(images, answers.items(), strict=True)):
+        picture, text = fig.add_subplot(grid[i, 0]), fig.add_subplot(grid[i, 1])
+        picture.imshow(image.detach().cpu().permute(1, 2, 0).numpy(), interpolation="nearest")
+        picture.set(xticks=[], yticks=[])
+        picture.spines[:].set_visible(False)
+        text.set_axis_off()
+        text.text(0, 0.85, head, weight="bold", va="center")
+        for k, (model, (answer, right)) in enumerate(said.items()):
+            hue = ink(RIGHT if right else WRONG)
+            text.text(0, 0.6 - 0.22 * k, f"{'✓' if right else '✗'} {model}: {answer}", color=hue, va="center")
+    return fig
 
 
 @styled
