@@ -159,7 +159,9 @@ book.glue("long", sizes.long_steps)
 #
 # Three sets of attacked images are shown to all, the copies from above: PGD on undefended CLIP, which is the *oblivious* attack of most
 # papers; PGD on TeCoA, by an attacker who guesses that some robust tower is behind the answer; and a long attack through the view ensemble,
-# by one who guesses that views are. Whoever is their target does not meet them twice.
+# by one who guesses that views are.
+#
+# Whoever is their target does not meet them twice.
 
 # %%
 OBLIVIOUS = f"{sizes.specs[0]} on CLIP"

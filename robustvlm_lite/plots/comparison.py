@@ -11,6 +11,7 @@ from .style import NARROW, POINTS, ink, new_figure, require, spread, styled
 
 STAGES = (("#000000", "o", True), ("#0072B2", "D", False), ("#D55E00", "s", True))  # color, marker, filled
 GRAY = "#767676"
+THREAD = {"arrowstyle": "-", "color": "#CCCCCC", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3, "zorder": 1}  # from name to point
 LINE = 1.25 * POINTS / 72  # inches between two names
 
 
@@ -122,5 +123,4 @@ def _names(ax, points: Mapping[str, tuple], best: Sequence[str], inks: Mapping[s
         for name, y in zip(half, heights, strict=True):
             ax.annotate(name, (points[name][0], 100 * points[name][1]), (place[0], y), xycoords="data", textcoords=place[1],
                         va="center", color=inks[name], weight="bold" if name in best else "normal", zorder=2.5,
-                        bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none"},
-                        arrowprops={"arrowstyle": "-", "color": "#CCCCCC", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3, "zorder": 1})  # fmt: skip
+                        bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none"}, arrowprops=THREAD)  # fmt: skip
