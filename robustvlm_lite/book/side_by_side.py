@@ -20,11 +20,12 @@ from ..attacks import Attack, renamed
 from ..clip import ZeroShotCLIP
 from ..data import ImageSet
 from ..defenses import Defense, Recipe
-from ..records import Row
-from ..stats import bootstrap_mean
+from ..records import Row, column
+from ..stats import bootstrap_mean, paired_shares
 from .at_test_time import craft
 from .markup import Html, table
 from .measure import measure_images
+from .tables import points
 
 PLAIN = ("a photo of a {}.",)  # the template of every defense at test time, and of learned prompts
 
@@ -34,8 +35,7 @@ class Candidate:
     """A defended classifier of one data set.
 
     model: pixels [B, 3, S, S] in [0, 1] to logits [B, C]; it judges. ways: name of an attack -> (the attack, what it
-    differentiates), all that an attacker who knows this defense tries. counted: passes (image forwards, image backwards,
-    class texts) of one image, a reader of the model's own counter where there is one.
+    differentiates), all that an attacker who knows this defense tries.
     """
 
     name: str
@@ -52,28 +52,41 @@ def static(name: str, kind: str, defense: Defense, data: ImageSet, specs: Sequen
 
 
 def at_test_time(
-    name: str, kind: str, clip: ZeroShotCLIP, method: str, data: ImageSet, *, n_views: int, few: int, steps: int, spec: str
-) -> Candidate:
+    name: str, kind: str, clip: ZeroShotCLIP, method: str, data: ImageSet, *,
+    n_views: int, few: int, specs: Sequence[str], long_steps: int, short_steps: int, short: Sequence[str],
+) -> Candidate:  # fmt: skip
     """A method of `defenses.TEST_TIME` in front of a CLIP, fine-tuned or not, answering from `n_views` views.
 
-    The attacker goes through `few` views, new ones in each of `steps` steps (EOT): on the cross-entropy, on the margin,
-    and, where a prompt is tuned, through the step with a slope for its sign. `spec` attacks the tower behind it alone.
+    Each of `specs` attacks the tower behind it alone. "long" goes through `few` views of the defense itself, new ones in each of
+    its steps (EOT). short: further attacks through it, of fewer steps: "margin", and "step", which gives the sign in the step
+    of a tuned prompt a slope. The attacker's copy carries nothing from image to image.
     """
     recipe = defenses.TEST_TIME[method]
-    built = defenses.build_test_time(method, clip, recipe and recipe.fewer(n_views))
-    model = built.classifier(data.class_names, PLAIN)
-    target = model.fewer(few).fast() if isinstance(recipe, Recipe) else model
-    through, tower = attacks.expectation(steps), clip.classifier(data.class_names, PLAIN).fast()
-    ways = {f"{spec} on its tower": (attacks.get_attack(spec), tower), "eot": (through, target)}
-    ways["eot, margin"] = (attacks.expectation(steps, objective="margin"), target)
-    if isinstance(recipe, Recipe) and recipe.loss:
-        ways["eot, step"] = (through, target.smooth())
+    whole = recipe and recipe.fewer(n_views)
+    model = defenses.build_test_time(method, clip, whole).classifier(data.class_names, PLAIN)
+    target, tower = model, clip.classifier(data.class_names, PLAIN).fast()
+    if isinstance(whole, Recipe):
+        forgets = replace(whole.fewer(few), quirk_leak=False)
+        target = defenses.build_test_time(method, clip, forgets).classifier(data.class_names, PLAIN).fast()
+    ways = {f"{spec} on its tower": (attacks.get_attack(spec), tower) for spec in specs}
+    ways["long"] = (attacks.expectation(long_steps), target)
+    if "margin" in short:
+        ways["margin"] = (attacks.expectation(short_steps, objective="margin"), target)
+    if "step" in short and isinstance(recipe, Recipe) and recipe.loss:
+        ways["step"] = (attacks.expectation(short_steps), target.smooth())
     return Candidate(name, kind, model, ways)
+
+
+def fresh(model: nn.Module) -> nn.Module:
+    """The same classifier without what the images before left in it, as released A-TPT keeps it; any other as it is."""
+    recipe = getattr(model, "recipe", None)
+    return model.fewer(recipe.n_views) if recipe is not None and recipe.quirk_leak else model
 
 
 def crafted(run, attack: Attack, surface: nn.Module, data: ImageSet, eps_255: float, name: str, batch: int = 16) -> Tensor:
     """As `craft`: attacked images [N, 3, S, S] on the 8-bit grid; those of an interrupted run are found again in its folder."""
     key = repr((run.seed, data.sha256, eps_255, name, attack.params, attack.n_steps, evaluate.weights_sha256(surface)))
+    key += getattr(surface, "settings", "")
     path = run.out / "crafted" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
     if path.exists():
         return load_file(path)["images"].float() / 255
@@ -85,21 +98,43 @@ def crafted(run, attack: Attack, surface: nn.Module, data: ImageSet, eps_255: fl
     return load_file(path)["images"].float() / 255
 
 
+def made_through(run, candidate: Candidate, way: str, data: ImageSet, eps_255: float) -> Tensor:
+    """The images that one of its own attacks makes against a candidate."""
+    attack, surface = candidate.ways[way]
+    return crafted(run, renamed(attack, way), surface, data, eps_255, f"{way}, {candidate.name}")
+
+
 def besieged(run, candidate: Candidate, data: ImageSet, shared: Mapping[str, Tensor], eps_255: float) -> tuple[list[Row], Row]:
     """(rows, worst case) of a candidate: clean, on the images that everybody is shown, and on those made against it.
 
     The worst case counts an image as lost if any attack takes it, or if it is wrong unchanged: an attacker may do nothing.
-    All verdicts of a random model use one draw an image, which no attack has seen, so k attacks are not k chances.
+    A random model answers with one draw an image throughout, which no attack has seen, so k attacks are not k chances; every
+    measurement begins without state. An attack of its own that everybody is shown already is not counted twice.
     """
-    rows = [measure_images(run, candidate.name, candidate.model, data, data.pixels(), "none", 0.0)]
+
+    def judged(images: Tensor, attack: str, eps: float) -> Row:
+        return measure_images(run, candidate.name, fresh(candidate.model), data, images, attack, eps)
+
     shown = dict(shared)
-    for way, (attack, surface) in candidate.ways.items():
-        shown[way] = crafted(run, renamed(attack, way), surface, data, eps_255, f"{way}, {candidate.name}")
-    rows += [measure_images(run, candidate.name, candidate.model, data, x_adv, way, eps_255) for way, x_adv in shown.items()]
+    for way in candidate.ways:
+        images = made_through(run, candidate, way, data, eps_255)
+        if not any(torch.equal(images, other) for other in shared.values()):
+            shown[way] = images
+    rows = [judged(data.pixels(), "none", 0.0), *(judged(x_adv, way, eps_255) for way, x_adv in shown.items())]
     rows.append(_unchanged(rows[0], eps_255))
     worst = evaluate.worst_case(rows)
     run.card.add([rows[-1], worst])
     return rows, worst
+
+
+def stages(rows: Sequence[Row], worst: Row, oblivious: str) -> dict[str, Row]:
+    """What a reader compares of a method: clean, under the attack that does not know it, and in the worst case."""
+    return {"clean": rows[0], "attack on CLIP": next(row for row in rows if row.attack == oblivious), "worst case": worst}
+
+
+def intervals(heads: Mapping[str, Row]) -> dict[str, tuple[float, float, float]]:
+    """(value, low, high) of each row, as figures take them."""
+    return {head: (row.value, *row.ci95) for head, row in heads.items()}
 
 
 def _unchanged(clean: Row, eps_255: float) -> Row:
@@ -110,6 +145,20 @@ def _unchanged(clean: Row, eps_255: float) -> Row:
         kind = records.schema.field(at).type
         records = records.set_column(at, name, pa.array([value] * len(records), type=kind))
     return replace(clean, metric="robust_acc", attack="unchanged", eps_255=eps_255, records=records)
+
+
+def chance_alone(run, candidate: Candidate, data: ImageSet, rows: Sequence[Row], worst: Row) -> tuple[dict, tuple[float, float, float]]:
+    """(a line of a table, worst case - control, paired) of a random model: the control asks clean images as often, draws anew,
+    and counts an image that is right in each draw."""
+    asked, right = len(rows) - 1, np.ones(len(data), dtype=bool)  # the unchanged row is the clean one again
+    for k in range(asked):
+        model = fresh(candidate.model).keyed([(run.seed, data.name, "fresh", k, i) for i in range(len(data))])
+        with torch.no_grad():
+            right &= (model(data.pixels().to(run.device)).argmax(dim=1).cpu() == data.labels).numpy()
+    diff = paired_shares(column(worst.records.sort_by("index"), "correct"), right)
+    shares = {"clean, one draw": rows[0].value, "clean, right in all": right.mean().item(), "worst case": worst.value}
+    line = {"method": candidate.name, "draws": asked} | {head: 100 * share for head, share in shares.items()}
+    return line | {"worst case less that": points(diff)}, diff
 
 
 # ---- the price of an answer
@@ -158,7 +207,7 @@ def peak_bytes(function: Callable[[], object]) -> int:
 
 @dataclass(frozen=True)
 class Price:
-    """Of one clean image: seconds (mean, low, high over rounds), MiB held at once, and passes through the towers."""
+    """Of one clean image: seconds (mean, low, high over rounds), MiB held when asked alone, and passes through the towers."""
 
     seconds: tuple[float, float, float]
     mebibytes: float
@@ -170,7 +219,7 @@ class Price:
 def prices(run, candidates: Sequence[Candidate], data: ImageSet, *, rounds: int = 3) -> dict[str, Price]:
     """Each candidate asked about all images of `data`, one after the other in every round; rows go into the card.
 
-    Seconds and passes are per image of the batch, memory is of the whole batch, divided by its size.
+    Seconds are per image of the batch; memory and passes are those of the first image, asked alone.
     """
     x, index, n = data.pixels().to(run.device), range(len(data)), len(data)
     asked = {c.name: evaluate.for_images(c.model, data, index, run.seed) for c in candidates}
@@ -184,16 +233,19 @@ def prices(run, candidates: Sequence[Candidate], data: ImageSet, *, rounds: int 
                     torch.cuda.synchronize()
                 seconds[name].append((time.perf_counter() - began) / n)
         for c in candidates:
-            before = _passes(c.model)
-            held = peak_bytes(lambda model=asked[c.name]: model(x)) / 2**20 / n
-            spent = [(b - a) / n for a, b in zip(before, _passes(c.model), strict=True)]
+            model = fresh(c.model)  # class texts are kept from its first call on
+            alone = evaluate.for_images(model, data, range(1), run.seed)
+            alone(x[:1])
+            before = _passes(model)
+            held = peak_bytes(lambda alone=alone: alone(x[:1])) / 2**20
+            spent = [float(b - a) for a, b in zip(before, _passes(model), strict=True)]
             kept = np.array(seconds[c.name][1:])
             mean, interval = kept.mean().item(), bootstrap_mean(kept)
             forwards, backwards, texts = spent if hasattr(c.model, "passes") else (1.0, 0.0, 0.0)
             found[c.name] = Price((mean, *interval), held, forwards, backwards, texts)
             where = (c.name, data.name, "none", 0.0)
             run.card.add(Row(*where, "image_s", rounds, mean, interval, extra={"seed": run.seed}))
-            run.card.add(Row(*where, "image_mib", n, held, (held, held), extra={"seed": run.seed}))
+            run.card.add(Row(*where, "image_mib", 1, held, (held, held), extra={"seed": run.seed}))
     return found
 
 
@@ -204,17 +256,11 @@ def _passes(model: nn.Module) -> list[int]:
 
 def price_table(priced: Mapping[str, Price], *, caption: str) -> Html:
     """One line a candidate."""
-    lines = [
-        {
-            "method": name,
-            "image passes": f"{p.forwards:.0f}",
-            "backward": f"{p.backwards:.0f}",
-            "class texts": f"{p.texts:.0f}",
-            "ms an image": f"{1000 * p.seconds[0]:.1f}",
-            "MiB an image": f"{p.mebibytes:.1f}",
-        }
-        for name, p in priced.items()
-    ]
+    heads = ("image passes", "backward", "class texts", "ms an image", "MiB, one image")
+    lines = []
+    for name, p in priced.items():
+        shown = (f"{p.forwards:.0f}", f"{p.backwards:.0f}", f"{p.texts:.0f}", f"{1000 * p.seconds[0]:.1f}", f"{p.mebibytes:.1f}")
+        lines.append({"method": name} | dict(zip(heads, shown, strict=True)))
     return table(lines, caption=caption)
 
 
@@ -232,12 +278,23 @@ def front(points: Mapping[str, tuple[float, float]]) -> list[str]:
     return sorted(kept, key=lambda name: points[name][0])
 
 
-def order_kept(a: Mapping[str, float], b: Mapping[str, float]) -> tuple[int, int]:
-    """(pairs that both order alike, pairs that either orders): names that tie in both say nothing, a tie in one breaks the order."""
-    names, kept, all_pairs = list(a), 0, 0
+def order_kept(a: Mapping[str, float], b: Mapping[str, float]) -> tuple[int, int, int]:
+    """(kept, tied, reversed) of the pairs that either tells apart: ordered alike, a tie in one of the two, the other way round."""
+    names, counts = list(a), [0, 0, 0]
     for i, first in enumerate(names):
         for second in names[i + 1 :]:
             signs = [np.sign(v[first] - v[second]) for v in (a, b)]
-            all_pairs += any(signs)
-            kept += bool(signs[0] == signs[1] and any(signs))
-    return kept, all_pairs
+            if any(signs):
+                counts[0 if signs[0] == signs[1] else 2 if all(signs) else 1] += 1
+    return tuple(counts)
+
+
+def leaders(values: Mapping[str, float]) -> list[str]:
+    """All names that share the highest value."""
+    return [name for name, value in values.items() if value == max(values.values())]
+
+
+def listed(names: Sequence[str], none: str = "no method") -> str:
+    """Names in a sentence: "a", "a and b", "a, b and c"."""
+    *most, last = names or [none]
+    return f"{', '.join(most)} and {last}" if most else last

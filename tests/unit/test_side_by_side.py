@@ -1,5 +1,6 @@
 """The comparison of chapter 09: prices and orders against what can be counted by hand, attacks against their own budget."""
 
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,9 +10,11 @@ import torch
 from torch import nn
 
 from robustvlm_lite import attacks, data, defenses, evaluate
+from robustvlm_lite.book import craft
 from robustvlm_lite.book import side_by_side as side
 from robustvlm_lite.cards import Card
 from robustvlm_lite.clip import load_clip
+from robustvlm_lite.defenses.keyed import Keyed
 from robustvlm_lite.records import verdicts
 from robustvlm_lite.runtime import UserError
 
@@ -81,10 +84,15 @@ def test_the_front_is_what_a_search_over_all_pairs_leaves():
 
 def test_order_kept_by_hand():
     a = {"x": 1, "y": 2, "z": 3}
-    assert side.order_kept(a, a) == (3, 3)
-    assert side.order_kept(a, {"x": 3, "y": 2, "z": 1}) == (0, 3)
-    assert side.order_kept(a, {"x": 1, "y": 1, "z": 3}) == (2, 3), "a tie on one side is not the same order"
-    assert side.order_kept({"x": 1, "y": 1}, {"x": 2, "y": 2}) == (0, 0), "a tie on both sides says nothing"
+    assert side.order_kept(a, a) == (3, 0, 0)
+    assert side.order_kept(a, {"x": 3, "y": 2, "z": 1}) == (0, 0, 3)
+    assert side.order_kept(a, {"x": 1, "y": 1, "z": 3}) == (2, 1, 0), "a tie on one side is neither kept nor reversed"
+    assert side.order_kept({"x": 1, "y": 1}, {"x": 2, "y": 2}) == (0, 0, 0), "a tie on both sides says nothing"
+
+
+def test_all_leaders_are_named():
+    assert side.leaders({"x": 1, "y": 3, "z": 3}) == ["y", "z"]
+    assert [side.listed(names) for names in ([], ["x"], ["x", "y"], ["x", "y", "z"])] == ["no method", "x", "x and y", "x, y and z"]
 
 
 # ---- candidates
@@ -99,27 +107,60 @@ def test_a_static_candidate_is_the_defense_itself(clip, photos):
     assert {name: attack.n_steps for name, (attack, _) in candidate.ways.items()} == {"pgd-2": 2, "cw-2": 2}
 
 
+SMALL = {"n_views": 4, "few": 2, "specs": ["pgd-2", "cw-2"], "long_steps": 2, "short_steps": 2, "short": ["margin", "step"]}
+TOWER = {"pgd-2 on its tower", "cw-2 on its tower"}
+
+
 @pytest.mark.parametrize(
-    "method, ways",
+    "method, through",
     [
-        ("View ensemble", {"pgd-2 on its tower", "eot", "eot, margin"}),
-        ("TTC", {"pgd-2 on its tower", "eot", "eot, margin"}),
-        ("R-TPT", {"pgd-2 on its tower", "eot", "eot, margin", "eot, step"}),
+        ("View ensemble", {"long", "margin"}),
+        ("TTC", {"long", "margin"}),
+        ("R-TPT", {"long", "margin", "step"}),
     ],
 )
-def test_every_way_of_a_test_time_defense_stays_in_the_budget_and_leads_through_it(clip, photos, run, method, ways):
+def test_every_way_of_a_test_time_defense_stays_in_the_budget_and_leads_through_it(clip, photos, run, method, through):
     few = photos.take(range(2))
-    candidate = side.at_test_time(method, "at test time", clip, method, few, n_views=4, few=2, steps=2, spec="pgd-2")
-    assert set(candidate.ways) == ways
+    candidate = side.at_test_time(method, "at test time", clip, method, few, **SMALL)
+    assert set(candidate.ways) == TOWER | through
     seen = {}
     for way, (attack, surface) in candidate.ways.items():
         seen[way] = side.crafted(run, attack, surface, few, 2.0, way)
         levels = 255 * seen[way]
         assert torch.allclose(levels, levels.round(), atol=1e-3)
         assert (seen[way] - few.pixels()).abs().max() <= 2 / 255 + 1e-6
-    assert not torch.equal(seen["eot"], seen["pgd-2 on its tower"])
-    if "eot, step" in ways:
-        assert not torch.equal(seen["eot"], seen["eot, step"]), "the slope of the step changes the gradient"
+    # One attack, one name and so one random start for all: only what it goes through can tell the images apart.
+    attack, surfaces = attacks.get_attack("pgd-2"), {way: surface for way, (_, surface) in candidate.ways.items()}
+    made = {way: craft(run, attack, surface, few, 2.0, "the same start") for way, surface in surfaces.items()}
+    assert torch.equal(made["long"], made["margin"]) and torch.equal(*(made[way] for way in sorted(TOWER)))
+    assert not torch.equal(made["long"], made["pgd-2 on its tower"])
+    if "step" in through:
+        assert not torch.equal(made["long"], made["step"]), "the slope of the step changes the gradient"
+
+
+def test_children_meet_all_that_their_parents_meet(clip, photos):
+    specs = SMALL["specs"]
+    tower = defenses.load_defense("TeCoA", clip)
+    parents = [side.static("TeCoA", "", tower, photos, specs), side.at_test_time("R-TPT", "", clip, "R-TPT", photos, **SMALL)]
+    child = side.at_test_time("R-TPT on TeCoA", "", tower.clip, "R-TPT", photos, **SMALL)
+    attacks_of = [{w.removesuffix(" on its tower"): attack.params for w, (attack, _) in c.ways.items()} for c in (*parents, child)]
+    assert attacks_of[0].items() <= attacks_of[2].items() and attacks_of[1] == attacks_of[2]
+    with torch.no_grad():
+        behind = child.ways["pgd-2 on its tower"][1](photos.pixels()).float()
+        torch.testing.assert_close(behind, tower.clip.classifier(photos.class_names, side.PLAIN)(photos.pixels()), atol=0.3, rtol=0.05)
+
+
+def test_nothing_is_carried_into_a_measurement_or_an_attack(clip, photos):
+    c = side.at_test_time("A-TPT (released)", "", clip, "A-TPT (released)", photos, **SMALL)
+    assert c.model.recipe.quirk_leak and not c.ways["long"][1].recipe.quirk_leak
+    with torch.no_grad():
+        first = evaluate.for_images(side.fresh(c.model), photos, range(4), 0)(photos.pixels())
+        again = evaluate.for_images(side.fresh(c.model), photos, range(4), 0)(photos.pixels())
+        torch.testing.assert_close(first, again, atol=0, rtol=0)
+        evaluate.for_images(c.model, photos, range(4), 0)(photos.pixels().flip(0))
+        assert len(c.model._left) and not side.fresh(c.model)._left
+    plain = side.static("CLIP", "", defenses.Defense(clip), photos, []).model
+    assert side.fresh(plain) is plain
 
 
 def test_crafted_images_are_found_again_and_only_for_the_same_question(clip, photos, run):
@@ -154,6 +195,34 @@ def test_the_worst_case_is_over_all_that_was_shown(clip, photos, run):
     assert worst.value == np.logical_and.reduce(right).mean() and worst.metric == "robust_acc_worst"
 
 
+def test_an_attack_of_its_own_that_all_are_shown_counts_once(clip, photos, run):
+    candidate = side.static("CLIP", "undefended", defenses.Defense(clip), photos, ["pgd-2", "cw-2"])
+    shown = {"pgd-2 on CLIP": side.made_through(run, candidate, "pgd-2", photos, 2.0)}
+    rows, _ = side.besieged(run, candidate, photos, shown, 2.0)
+    assert [row.attack for row in rows] == ["none", "pgd-2 on CLIP", "cw-2", "unchanged"]
+
+
+def test_the_control_asks_as_often_and_draws_anew(clip, photos, run):
+    class Coin(Keyed):
+        """Right where the first number that an image draws is above one half."""
+
+        asked = 0
+
+        def forward(self, x):
+            Coin.asked += 1
+            drawn = torch.tensor([torch.rand((), generator=g) for g in self.generators(len(x))])
+            sure = nn.functional.one_hot(photos.labels[: len(x)], len(photos.class_names)).float()
+            return torch.where(drawn[:, None] > 0.5, sure, -sure)
+
+    candidate, shown = side.Candidate("coin", "", Coin()), {f"{k}": photos.pixels() for k in range(6)}
+    rows, worst = side.besieged(run, candidate, photos, shown, 2.0)
+    assert worst.value == rows[0].value, "one draw for all verdicts: no attack, no loss"
+    Coin.asked = 0
+    line, diff = side.chance_alone(run, candidate, photos, rows, worst)
+    assert line["draws"] == Coin.asked == 7 and line["clean, right in all"] < 30
+    assert math.isclose(100 * diff[0], line["worst case"] - line["clean, right in all"], abs_tol=1e-9)
+
+
 def test_what_is_wrong_unchanged_is_lost_even_if_an_attack_mends_it(clip, photos, run):
     class Contrary(nn.Module):
         """Right where the image was changed, wrong where not."""
@@ -175,27 +244,30 @@ def test_what_is_wrong_unchanged_is_lost_even_if_an_attack_mends_it(clip, photos
 
 
 def test_passes_are_those_of_the_recipe(clip, photos, run):
-    methods = ("View ensemble", "R-TPT")
-    made = {m: side.at_test_time(m, "", clip, m, photos, n_views=3, few=2, steps=1, spec="pgd-1") for m in methods}
+    small = SMALL | {"n_views": 3}
+    methods = ("View ensemble", "R-TPT", "A-TPT (released)")
+    made = {m: side.at_test_time(m, "", clip, m, photos, **small) for m in methods}
     made["CLIP"] = side.static("CLIP", "", defenses.Defense(clip), photos, [])
     priced = side.prices(run, list(made.values()), photos, rounds=2)
     classes = len(photos.class_names)
     assert (priced["CLIP"].forwards, priced["CLIP"].texts) == (1, 0)
     assert (priced["View ensemble"].forwards, priced["View ensemble"].texts) == (3, 0)
     assert (priced["R-TPT"].forwards, priced["R-TPT"].texts) == (3, 2 * classes)
+    assert priced["A-TPT (released)"].forwards > 3, "its maps cost passes of their own"
     assert priced["View ensemble"].mebibytes > 1.2 * priced["CLIP"].mebibytes > 0
+    assert priced["A-TPT (released)"].mebibytes > 0.9 * priced["R-TPT"].mebibytes, "alone, as everybody is asked"
     assert all(p.seconds[1] <= p.seconds[0] <= p.seconds[2] for p in priced.values())
     html = str(side.price_table(priced, caption="Prices."))
     assert "View ensemble" in html and f"<td>{2 * classes}</td>" in html.replace(' class="num"', "")
 
 
 def test_a_random_model_has_one_draw_for_all_verdicts(clip, photos):
-    c = side.at_test_time("View ensemble", "", clip, "View ensemble", photos, n_views=4, few=2, steps=1, spec="pgd-1")
+    c = side.at_test_time("View ensemble", "", clip, "View ensemble", photos, **SMALL)
     with torch.no_grad():
         ask = [evaluate.for_images(c.model, photos, range(4), 0)(photos.pixels()) for _ in range(2)]
-        fresh = c.model(photos.pixels())
+        anew = c.model(photos.pixels())
     torch.testing.assert_close(*ask)
-    assert not torch.allclose(ask[0], fresh)
+    assert not torch.allclose(ask[0], anew)
 
 
 # ---- exercises
@@ -238,11 +310,23 @@ def test_stages_draw_every_value_and_refuse_what_is_in_no_group():
 
 
 def test_the_front_is_filled_and_named_in_bold():
+    from matplotlib.colors import to_hex
+
     from robustvlm_lite.plots import comparison
 
     points = {"cheap": (1.0, 0.2, 0.1, 0.3), "dear": (50.0, 0.6, 0.5, 0.7), "beaten": (60.0, 0.5, 0.4, 0.6)}
-    fig = comparison.cost_front(points, ["cheap", "dear"], cost="ms", quantity="%", hues=dict.fromkeys(points, "#D55E00"))
-    names = {text.get_text(): text.get_weight() for text in fig.axes[0].texts}
+    kinds, hues = {"cheap": "one", "dear": "two", "beaten": "two"}, {"one": "#0072B2", "two": "#D55E00", "none": "#000000"}
+    fig = comparison.cost_front(points, ["cheap", "dear"], cost="ms", quantity="%", kinds=kinds, hues=hues)
+    ax = fig.axes[0]
+    names = {text.get_text(): text.get_weight() for text in ax.texts}
     assert names == {"cheap": "bold", "dear": "bold", "beaten": "normal"}
+    drawn = {line.get_gid(): line for line in ax.lines}
+    faces = {name: to_hex(drawn[name].get_markerfacecolor()).upper() for name in points}
+    assert faces == {"cheap": "#0072B2", "dear": "#D55E00", "beaten": "#FFFFFF"}
+    assert drawn["front"].get_xydata().tolist() == [[1, 20], [50, 60]] and drawn["front"].get_drawstyle() == "steps-post"
+    assert [text.get_text() for text in fig.legends[0].get_texts()] == ["one", "two"], "a kind that nobody has is not explained"
+    low, high = ax.get_xlim()
+    ticks = [ax.xaxis.get_major_formatter()(at) for at in ax.xaxis.get_majorticklocs() if low <= at <= high]
+    assert ticks == ["1", "2", "5", "10", "20", "50"]
     with pytest.raises(UserError, match="costs above zero"):
-        comparison.cost_front({"free": (0.0, 0.5, 0.4, 0.6)}, [], cost="ms", quantity="%", hues={"free": "#000000"})
+        comparison.cost_front({"free": (0.0, 0.5, 0.4, 0.6)}, [], cost="ms", quantity="%", kinds={"free": "one"}, hues=hues)
