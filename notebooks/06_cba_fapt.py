@@ -516,10 +516,11 @@ display(book.accuracy_table(hit + worst, columns=columns, caption=f"{base.name},
 book.sanity_table([sanity.attack_order(hit)])
 
 # %% [markdown]
-# The column *step ε* is the paper's test attack; its distance to the worst case is what such steps leave standing here. Its objective is the margin plus
-# the map, so CW, the margin alone, is its control. Going for the evidence leaves CBA-FAPT {glue:text}`evidence:.0f` percent, CW
-# {glue:text}`margin:.0f`, plain PGD {glue:text}`plain:.0f`. An adaptive attack that does less than a plain one settles nothing: then the worst case
-# alone counts.
+# The column *step ε* is the paper's test attack; its distance to the worst case is what such steps leave standing here.
+#
+# The attack on the evidence raises the margin and moves the map, so CW, the margin alone, is its control. Going for the evidence leaves
+# CBA-FAPT {glue:text}`evidence:.0f` percent, CW {glue:text}`margin:.0f`, plain PGD {glue:text}`plain:.0f`. An adaptive attack that does less than
+# a plain one settles nothing: then the worst case alone counts.
 #
 # The worst case keeps CBA-FAPT at
 # {glue:text}`worst-CBA-FAPT:.0f` percent, the loss without maps at {glue:text}`worst-no-maps:.0f`, FAP at
