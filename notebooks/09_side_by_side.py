@@ -99,7 +99,7 @@ answers = {head: {m: (task.class_names[said[head, m][first]], not wrong[head, m]
 fig = comparison.copies(torch.stack([images[first] for images in copies.values()]), answers)
 lost = "; ".join(f"{head} " + ", ".join(f"{m} {int(wrong[head, m].sum())}" for m in ASKED) for head in copies)
 book.show(fig, "problem", alt="One photograph clean and in three attacked copies that look alike, beside each the answers of CLIP, of a view ensemble and of TeCoA with a mark for right or wrong",
-          caption=f"A {task.class_names[int(task.labels[first])]}: the image of {len(task)} that tells most, where each copy fools its own model and no other; {int((fits == fits.max()).sum())} of them tell as much. Wrong answers among all {len(task)}: {lost}. ε = {eps_255:g}/255.")  # fmt: skip
+          caption=f"A {task.class_names[int(task.labels[first])]}: of {len(task)} images the one that comes nearest to this: each copy fools the model that it was made on, and no other; {int((fits == fits.max()).sum())} came as near. Wrong answers among all {len(task)}: {lost}. ε = {eps_255:g}/255.")  # fmt: skip
 
 # %% [markdown]
 # An attack is made for one model. Whether another model falls for it too says little about how that other model would fare if it were the
@@ -120,8 +120,8 @@ book.show(fig, "problem", alt="One photograph clean and in three attacked copies
 # Robust training took photographs and rendered scenes, attacked at 2/255. APT and CAPT sit on TeCoA's tower, as CAPT's protocol
 # asks, and were tuned at 2/255. FAP and CBA-FAPT sit on the undefended tower and were tuned at 1/255, as theirs asks.
 #
-# They did not have the same help. Prompts were tuned on {glue:text}`shots` labeled shots a class of `photos/caltech`, the very task tested
-# here. Defenses at test time saw no label at all. No rule could make that equal: what a method is allowed to change *is* the method.
+# They did not have the same help. The robust towers and FT-clean saw all training images of `photos/caltech`, prompts
+# {glue:text}`shots` labeled shots of each of its classes; its test images are what `tiny` asks. Defenses at test time saw no label at all. No rule could make that equal: what a method is allowed to change *is* the method.
 #
 # A-TPT as released carries state: the class texts that one image leaves behind guide the views of the next. So its
 # answer to an image depends on the image before. Here every measurement begins without state, and the attacker's copy never has any.
@@ -130,7 +130,8 @@ book.show(fig, "problem", alt="One photograph clean and in three attacked copies
 # measure them.
 
 # %%
-HELP = {"control": "labeled training images", "robust training": "training images", "prompt tuning": f"{sizes.shots} labeled shots a class of the task"}
+SEEN = f"training images of {sizes.shots_of} and scenes"
+HELP = {"control": SEEN, "robust training": SEEN, "prompt tuning": f"{sizes.shots} labeled shots a class of {sizes.shots_of}"}
 table = [{"method": c.name, "kind": c.kind, "help": HELP.get(c.kind, "none"), "attacks of its own": ", ".join(c.ways)} for c in line.values()]
 whole = {way.removesuffix(" on its tower"): attack.label for c in line.values() for way, (attack, _) in c.ways.items()}
 book.table(table, caption=f"Who competes, with what help, and how each is attacked besides what everybody is shown. {'; '.join(f'{way}: {told}' for way, told in whole.items())}. long and the attacks after it go through {sizes.few} fresh views in each step; a verdict has {sizes.views}.")
