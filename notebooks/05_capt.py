@@ -412,9 +412,9 @@ for title, part in beyond.items():
     found = wider.tune_and_measure(run, carrier, part, sizes.general, seeds, pgd, eps_255)
     parts = f"n = {' and '.join(str(len(t)) for t in part.tests.values())}"
     display(wider.parts_table(found, caption=f"{title}, {sizes.shots} shots, {parts}; {pgd.name} at ε = {eps_255:g}/255."))
-more = {title: wider.tune_and_measure(run, carrier, part, sizes.general, sizes.seeds[:1], pgd, eps_255)
-        for title, part in wider.other_sets(pools[:sizes.wide], tests[:sizes.wide], sizes.further).items()}  # fmt: skip
-if more:
+if sizes.fewer:
+    others = wider.other_sets(pools, tests, [sizes.shots, *sizes.fewer])
+    more = {title: wider.tune_and_measure(run, carrier, part, sizes.general, sizes.seeds[:1], pgd, eps_255) for title, part in others.items()}
     display(wider.sets_table(more, caption=f"Other sets and fewer shots, one seed, {pgd.name} at ε = {eps_255:g}/255."))
 
 # %% [markdown]

@@ -360,8 +360,8 @@ for m in ("View ensemble", "TeCoA"):
 # {glue:text}`middle-TeCoA:.0f`. Do not trust the ensemble's curve. Its attack takes {glue:text}`short` steps, each with a noisy gradient, and a longer one
 # could only pull it to the left. A tower's gradient has no noise.
 #
-# At the largest budget of this figure the picture is visibly spoiled, and the smallest one already fools the undefended model. What
-# lies between is where a defense can matter. A method that was trained at one budget is not owed anything beyond it.
+# At the largest budget of this figure the picture is visibly spoiled. Between it and the smallest one that fools the undefended model is where
+# a defense can matter. A method that was trained at one budget is not owed anything beyond it.
 #
 # ## Do defenses add up?
 #
@@ -434,8 +434,8 @@ book.glue("steps-shipped", side.listed([f"{m} {t['steps']}" for m, t in lengths.
 # A combination also gives the attacker more to choose from. What works against the tower alone is tried on it, all of it, and so is the
 # long attack through its own views. A combination that met a shorter list than its parents would win by that alone.
 #
-# The prompts of this section took {glue:text}`steps-here` steps; the shipped ones: {glue:text}`steps-shipped`. CBA-FAPT is tuned here at
-# the budget of this page, its shipped file at half of it.
+# The prompts of this section took {glue:text}`steps-here` steps, at the budget of this page; the shipped ones:
+# {glue:text}`steps-shipped`. CBA-FAPT's shipped file was tuned at 1/255.
 #
 # ## What an answer costs
 #
