@@ -16,7 +16,7 @@
 # [source](https://github.com/robustvlm-lite/robustvlm_lite/blob/main/notebooks/07_a_tpt.py) ·
 # [paper](https://arxiv.org/abs/2605.19956) ·
 # [result card](https://github.com/robustvlm-lite/robustvlm_lite/tree/main/book/cards) ·
-# CPU: 3 minutes (tiny) · GPU: days (paper)
+# CPU: 5 minutes (tiny) · GPU: days (paper)
 
 # %% [markdown]
 # ## At a glance
@@ -42,7 +42,7 @@
 # [last table](verdict-atpt) is computed from the run that you see.
 
 # %% tags=["parameters"]
-profile: str = "tiny"  # "tiny": laptop, 3 minutes | "small": real image packs | "paper": OpenAI's CLIP, GPU
+profile: str = "tiny"  # "tiny": laptop | "small": real image packs | "paper": OpenAI's CLIP, GPU
 seed: int = 0  # test images, views and attack starts derive from it
 eps_255: float = 0.0  # budget of the attacks in steps of 1/255; 0 takes the profile's
 n: int = 0  # test images per accuracy; 0 takes the profile's number

@@ -16,7 +16,7 @@
 # [source](https://github.com/robustvlm-lite/robustvlm_lite/blob/main/notebooks/09_side_by_side.py) ·
 # [paper](https://arxiv.org/abs/1902.06705) ·
 # [result card](https://github.com/robustvlm-lite/robustvlm_lite/tree/main/book/cards) ·
-# CPU: 3 minutes (tiny)
+# CPU: 5 minutes (tiny)
 
 # %% [markdown]
 # ## At a glance
@@ -31,7 +31,7 @@
 # | Found on this page | the oblivious attack leaves CLIP {glue:text}`oblivious-CLIP:.0f` percent and {glue:text}`oblivious-best` {glue:text}`oblivious-most:.0f`; in the worst case {glue:text}`worst-best` keeps most of the single methods, {glue:text}`worst-most:.0f`, and of the combinations {glue:text}`mixed-best`, {glue:text}`mixed-most:.0f` |
 
 # %% tags=["parameters"]
-profile: str = "tiny"  # "tiny": laptop, 3 minutes | "small": real image packs
+profile: str = "tiny"  # "tiny": laptop | "small": real image packs
 seed: int = 0  # test images, views and attack starts derive from it
 eps_255: float = 0.0  # budget of the attacks in steps of 1/255; 0 takes the profile's
 n: int = 0  # test images; 0 takes the profile's number
