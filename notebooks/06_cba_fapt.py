@@ -17,7 +17,7 @@
 # [source](https://github.com/robustvlm-lite/robustvlm_lite/blob/main/notebooks/06_cba_fapt.py) ·
 # [paper](https://doi.org/10.1609/aaai.v40i5.37396) ·
 # [result card](https://github.com/robustvlm-lite/robustvlm_lite/tree/main/book/cards) ·
-# CPU: 3 minutes (tiny) · GPU: days (paper)
+# CPU: 5 minutes (tiny) · GPU: days (paper)
 
 # %% [markdown]
 # ## At a glance
@@ -40,7 +40,7 @@
 # computed from the run that you see.
 
 # %% tags=["parameters"]
-profile: str = "tiny"  # "tiny": laptop, 3 minutes | "small": real image packs | "paper": ViT-B/32, GPU
+profile: str = "tiny"  # "tiny": laptop | "small": real image packs | "paper": ViT-B/32, GPU
 seed: int = 0  # test images and attack starts derive from it; shots and prompts have the profile's seeds
 eps_255: float = 0.0  # budget of training and test in steps of 1/255; 0 takes the profile's
 n: int = 0  # test images per accuracy; 0 takes the profile's number
