@@ -18,8 +18,9 @@ import pyarrow.parquet as pq
 import torch
 
 from . import runtime
+from .fingerprint import code_sha256
 from .records import ACCURACIES, SCHEMA, Row, read_parquet, verdicts, write_whole
-from .runtime import UserError, code_sha256, git_commit, resolve_device, versions
+from .runtime import UserError, git_commit, resolve_device, versions
 from .stats import wilson
 
 SCHEMA_VERSION = 1

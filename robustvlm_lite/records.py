@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from .runtime import UserError, code_sha256
+from .fingerprint import code_sha256
+from .runtime import UserError
 
 SCHEMA = pa.schema(
     [

@@ -1,12 +1,9 @@
 """What every room needs first: errors that teach, seeded randomness, evaluation mode, the device, profiles and the version stamp."""
 
-import ast
 import hashlib
-import json
 import platform
 import subprocess
 from contextlib import contextmanager
-from functools import cache
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -125,53 +122,3 @@ def git_commit() -> tuple[str, bool]:
         return git("rev-parse", "HEAD").strip(), bool(git("status", "--porcelain", "--untracked-files=no").strip())
     except (OSError, subprocess.CalledProcessError):  # no git, or a checkout without a commit
         return "", False
-
-
-def code_sha256(chapter: str, profile: str = "") -> str:
-    """Hash of what a card stands on: the chapter's code, the sizes of its profile, and the modules that it imports in any depth.
-
-    A card made by other code is stale; one whose page only reads differently is not, so whole-line comments, which is what
-    the text of a py:percent notebook is, do not count. Where there is no such chapter, all of the package counts.
-    """
-    page = PACKAGE.parent / "notebooks" / f"{chapter}.py"
-    if not page.exists():
-        return _joint_sha256([*sorted(PACKAGE.rglob("*.py")), asset("profiles.yml")])
-    sizes = chapters().get(chapter, {}).get("profiles", {}).get(profile, {})
-    chosen = {name: value for name, value in sizes.items() if name not in ("minutes", "memory_gb", "estimated", "where")}
-    code = [line for line in page.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
-    return _joint_sha256(_closure(page), json.dumps([chosen, code], sort_keys=True, default=str))
-
-
-def _joint_sha256(sources: list[Path], text: str = "") -> str:
-    digest = hashlib.sha256(text.encode())
-    for path in sources:
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
-
-
-def _closure(source: Path) -> list[Path]:
-    """The files of the package that `source` imports, and those that these import, sorted."""
-    found, waiting = set(), [source]
-    while waiting:
-        path = waiting.pop()
-        new = {PACKAGE.parent / name for name in _imported(path, path.stat().st_mtime_ns)} - found
-        found |= new
-        waiting += new
-    return sorted(found)
-
-
-@cache
-def _imported(path: Path, _changed: int) -> frozenset[str]:
-    """Files of the package, relative to its parent, that one source names in any import; `_changed` keeps the cache true."""
-    names = set()
-    home = list(path.relative_to(PACKAGE.parent).parent.parts)
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names |= {tuple(alias.name.split(".")) for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            stem = home[: len(home) + 1 - node.level] if node.level else []
-            stem = (*stem, *(node.module.split(".") if node.module else ()))
-            names |= {(*stem, alias.name) for alias in node.names}
-    prefixes = {name[:k] for name in names if name[0] == PACKAGE.name for k in range(1, len(name) + 1)}
-    files = ("/".join(p) + end for p in prefixes for end in (".py", "/__init__.py"))
-    return frozenset(file for file in files if (PACKAGE.parent / file).is_file())

@@ -4,7 +4,7 @@ Batches of images have views as their second axis, [I, V, 3, S, S], in [0, 1]. V
 Pillow would, and gradients flow through every step. Random numbers come from one generator an image
 (`runtime.generator(seed, dataset, index)`), always drawn in the same order: `base_views`, then `augmix`.
 
-What A-TPT and R-TPT are built from (`hai2026atpt` and `sheng2025rtpt` in book/references.bib); no chapter uses the room yet.
+What A-TPT and R-TPT are built from (`hai2026atpt` and `sheng2025rtpt` in book/references.bib).
 """
 
 from .augmix import AugMix, augmix

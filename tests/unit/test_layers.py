@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "robustvlm_lite"
 LAYERS = (
-    ("runtime", "threat", "stats"),
+    ("runtime", "fingerprint", "threat", "stats"),
     ("scenes", "data", "transformer", "resnet", "clip", "captioner"),
     ("attention", "views", "prompts", "attacks"),
     ("defenses",),
