@@ -24,7 +24,7 @@ from torch import Tensor
 
 from robustvlm_lite import data
 from robustvlm_lite.attacks import pgd
-from robustvlm_lite.clip import ZeroShotCLIP, load_clip
+from robustvlm_lite.clip import ZeroShotCLIP, autocast, load_clip
 from robustvlm_lite.defenses.tga_zsr import TGAZSR, TGAConfig
 from robustvlm_lite.defenses.training import Batch, Task
 from robustvlm_lite.runtime import generator
@@ -71,7 +71,7 @@ class Released:
     def text(self) -> Tensor:
         if not self.encode_again:
             return self.stored
-        with torch.autocast("cpu", dtype=PRECISION):
+        with autocast(self.x.device, PRECISION):
             each = [self.clip.model.encode_text(self.clip.tokenizer(p)).float() for p in self.prompts]
         return F.normalize(sum(F.normalize(e, dim=1) for e in each), dim=1)
 

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from robustvlm_lite import transformer
-from robustvlm_lite.clip import load_clip
+from robustvlm_lite.clip import autocast, load_clip
 from robustvlm_lite.clip.registry import card_file
 from robustvlm_lite.runtime import eval_mode, sha256, versions
 
@@ -151,7 +151,7 @@ class Pretraining:
             for group in optimizer.param_groups:
                 group["lr"] = lr * rate
         batch = self.mixture.batch(size_at(recipe, step), recipe.batch, recipe.seed, step, self.rank)
-        with torch.autocast(self.device.type, dtype=torch.bfloat16):
+        with autocast(self.device, torch.bfloat16):
             loss = contrastive_loss(self.model, self.tokenizer, batch, self.device)
         for p in self.params:
             p.grad = None

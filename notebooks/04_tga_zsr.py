@@ -310,8 +310,8 @@ book.table([dict(zip(names, e, strict=True)) for e in effects],
 # The sign step then adds nothing. The image keeps its random start, the model stays right, and the image counts as
 # robust. In training the same rounding turns attacked batches partly into noisy clean ones.
 #
-# bfloat16 has the range of
-# float32, which is why this book attacks in it: no gradient underflows, and CPUs with bfloat16 units are faster in it.
+# bfloat16 has the range of float32, so no gradient underflows. This book attacks in it where the hardware multiplies it,
+# which takes half the time, and in float32 elsewhere.
 #
 # A CPU computes float16 so slowly that this page counts lost gradients, not lost accuracy. For the accuracy, compare
 # `--attack pgd-20-released` with `--attack pgd-20-paper` in `robustvlm evaluate`.

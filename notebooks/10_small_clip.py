@@ -64,7 +64,7 @@ if importlib.util.find_spec("robustvlm_lite") is None:  # on Colab
 
 from robustvlm_lite import attacks, book, data, evaluate, plots, scenes, stats, transformer
 from robustvlm_lite.book import exercises_small_clip as exercises
-from robustvlm_lite.clip import random_clip
+from robustvlm_lite.clip import autocast, random_clip
 from robustvlm_lite.defenses import Defense
 from robustvlm_lite.runtime import generator
 from robustvlm_lite.threat import ThreatModel
@@ -277,7 +277,7 @@ def batch(sets, side, n_each, g):
 # %%
 def step_loss(net, x, captions, groups):
     """The loss of one batch; the towers compute in bfloat16, cosines and loss in float32."""
-    with torch.autocast(run.device.type, dtype=torch.bfloat16):
+    with autocast(run.device, torch.bfloat16):
         tokens = transformer.image_tokens(net.visual, (x - net.mean) / net.std, my_positions(net.visual, x.shape[-1]))
         text = net.encode_text(captions).float()
     return my_loss(F.normalize(tokens[:, 0].float(), dim=1), text, net.model.logit_scale.exp(), groups)

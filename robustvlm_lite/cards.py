@@ -20,7 +20,7 @@ import torch
 from . import runtime
 from .fingerprint import code_sha256
 from .records import ACCURACIES, SCHEMA, Row, read_parquet, verdicts, write_whole
-from .runtime import UserError, git_commit, resolve_device, versions
+from .runtime import UserError, git_commit, multiplies_bfloat16, resolve_device, versions
 from .stats import wilson
 
 SCHEMA_VERSION = 1
@@ -113,13 +113,14 @@ class Card:
         rows = self._rows.values()
         weights = {row.method: row.weights_sha256 for row in rows if row.weights_sha256}
         data = {row.dataset: row.data_sha256 for row in rows if row.data_sha256}
-        name = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else ""
+        name = f"{torch.cuda.get_device_name(self._device)}, " if self._device.type == "cuda" else ""
+        gradients = "bfloat16" if multiplies_bfloat16(self._device.type) else "float32"
         return {
             "commit": commit,
             "dirty": dirty,
             "package": known["robustvlm_lite"],
             "torch": known["torch"],
-            "device": f"{self._device} ({name})" if name else str(self._device),
+            "device": f"{self._device} ({name}gradients in {gradients})",
             "weights_sha256": self._weights_sha256 or _joint(weights),
             "data_sha256": _joint(data),
             "code_sha256": code_sha256(self.chapter, self.profile),

@@ -98,10 +98,13 @@ def device() -> str:
     """Where torch will compute, and with how many threads."""
     import torch
 
+    from .runtime import multiplies_bfloat16
+
     threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"
     if torch.cuda.is_available():
         return f"device cuda ({torch.cuda.get_device_name(0)}), {threads}"
-    return f"device cpu, {threads}; no cuda device, which tiny and small do not need"
+    slow = "" if multiplies_bfloat16("cpu") else ", no bfloat16 in hardware, attacks compute in float32"
+    return f"device cpu, {threads}{slow}; no cuda device, which tiny and small do not need"
 
 
 def weights() -> str:

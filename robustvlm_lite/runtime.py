@@ -4,6 +4,7 @@ import hashlib
 import platform
 import subprocess
 from contextlib import contextmanager
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -62,6 +63,15 @@ def resolve_device(name: str = "") -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("device 'cuda' was asked for but torch sees none; leave the device empty or use 'cpu'")
     return device
+
+
+@cache
+def multiplies_bfloat16(device_type: str) -> bool:
+    """Whether the hardware does so: a GPU since Ampere, a CPU with AMX or AVX-512 BF16. Not known counts as no."""
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    known = getattr(torch.cpu, "get_capabilities", dict)()  # which an older torch lacks
+    return any(known.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
 
 
 def asset(*parts: str) -> Path:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import resnet, transformer
-from ..runtime import UserError
+from ..runtime import UserError, multiplies_bfloat16
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images (Radford et al. 2021)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -36,7 +36,7 @@ class Classifier(nn.Module):
         return self.clip.logits(x, self.text_features, self.precision)
 
     def fast(self) -> "Classifier":
-        """The same classifier for gradients in bfloat16: attacks on a CPU take half the time, and no
+        """The same classifier for gradients, in bfloat16 where the hardware multiplies it: attacks take half the time, and no
         gradient underflows (bfloat16 has the exponents of float32). Verdicts belong to the original."""
         return Classifier(self.clip, self.class_names, self.templates, torch.bfloat16)
 
@@ -152,5 +152,6 @@ def written_out(visual: nn.Module) -> ModuleType:
 
 
 def autocast(device: torch.device, precision: torch.dtype | None):
-    """Autocast to `precision`, or nothing for None."""
-    return contextlib.nullcontext() if precision is None else torch.autocast(device.type, dtype=precision)
+    """Autocast to `precision`; nothing for None, nor for bfloat16 on a device that only emulates it, at many times the cost of float32."""
+    slow = precision is torch.bfloat16 and not multiplies_bfloat16(device.type)
+    return contextlib.nullcontext() if precision is None or slow else torch.autocast(device.type, dtype=precision)
