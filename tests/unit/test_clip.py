@@ -11,6 +11,7 @@ from robustvlm_lite import clip as clip_module
 from robustvlm_lite import data
 from robustvlm_lite.attacks import cross_entropy, pgd
 from robustvlm_lite.clip import ZeroShotCLIP, load_clip
+from robustvlm_lite.clip import model as clip_model
 from robustvlm_lite.runtime import UserError, asset
 from robustvlm_lite.threat import ThreatModel, check_images
 
@@ -52,6 +53,20 @@ def test_a_classifier_has_gradients_and_a_fast_twin(random_clip, images):
     assert F.cosine_similarity(*gradients, dim=0) > 0.9
     assert sum(p.numel() for p in slow.parameters()) > 800_000
     assert not random_clip.logit_scale.requires_grad
+
+
+@pytest.mark.parametrize("in_hardware", [True, False])
+def test_the_fast_twin_computes_in_bfloat16_only_where_hardware_multiplies_it(random_clip, images, monkeypatch, in_hardware):
+    monkeypatch.setattr(clip_model, "multiplies_bfloat16", lambda device_type: in_hardware)
+    classify = random_clip.classifier(NAMES, TEMPLATES)
+    seen = []
+    handle = random_clip.visual.transformer.resblocks[0].attn.out_proj.register_forward_hook(lambda *a: seen.append(a[2].dtype))
+    block = random_clip.visual.transformer.resblocks[0].mlp.c_fc.register_forward_hook(lambda *a: seen.append(a[2].dtype))
+    logits = classify.fast()(images)
+    handle.remove()
+    block.remove()
+    assert seen and set(seen) == {torch.bfloat16 if in_hardware else torch.float32}
+    assert torch.equal(logits, classify(images)) == (not in_hardware)
 
 
 def test_text_is_encoded_once_for_each_key(random_clip, monkeypatch):

@@ -57,6 +57,24 @@ def test_devices(monkeypatch):
     assert resolve_device().type == "cuda"
 
 
+@pytest.mark.parametrize(
+    ("known", "answer"),
+    [({"avx2": True}, False), ({"amx_bf16": True, "avx512_bf16": False}, True), ({"avx512_bf16": True}, True), (None, False)],
+)
+def test_bfloat16_counts_where_the_processor_says_that_it_multiplies_it(monkeypatch, known, answer):
+    """None: a torch that does not say."""
+    if known is None:
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    assert runtime.multiplies_bfloat16.__wrapped__("cpu") is answer
+
+
+def test_an_emulating_gpu_does_not_multiply_bfloat16(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert not runtime.multiplies_bfloat16.__wrapped__("cuda")
+
+
 def test_sha256_of_a_file_longer_than_a_block(tmp_path):
     content = b"ab" * (1 << 20)
     (tmp_path / "f").write_bytes(content)
