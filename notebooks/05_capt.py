@@ -309,18 +309,12 @@ book.table(rows, caption=f"The loss of one batch before the first step, n = {len
 
 # %%
 scenario = fewshot.in_distribution(pools[0], task, sizes.shots)
-
-
-def tuned(scenario, methods, **options):
-    return {s: [book.tune(run, m, carrier, scenario.train(s), s, **options) for m in methods] for s in sizes.seeds}
-
-
 CONSTANT = {"α = 0": "CAPT (own answer)", "α = 1": "CAPT (distillation)"}  # with a learning rate of their own
 ONE_TOWER = ["CAPT (text only)", "CAPT (image only)"]
 book.factors_table(run, list(dict.fromkeys([*sizes.methods[1:], *CONSTANT.values(), *ONE_TOWER])))
 
 # %%
-models = tuned(scenario, sizes.methods)
+models = book.tune_scenario(run, carrier, scenario, sizes.methods, sizes.seeds)
 by_name = {d.name: d for d in models[sizes.seeds[0]]}
 history = {s: next(d.history for d in models[s] if d.name == "CAPT") for s in sizes.seeds}
 alphas = {f"seed {s}": [h["alpha"] for h in steps_of] for s, steps_of in history.items()}
@@ -432,7 +426,7 @@ if sizes.fewer:
 # %%
 grid = [(pgd, ThreatModel(eps)) for eps in sizes.eps_grid]
 CURVES = ["HEP", "APT", "CAPT"]
-curve = [r for m in CURVES for r in book.measure(run, by_name[m], scenario.tests["all"], grid, seed=main)]
+curve = book.measure_each(run, [by_name[m] for m in CURVES], scenario.tests["all"], grid, seed=main)
 fig = plots.accuracy_vs_eps(curve, chance=1 / len(task.class_names), order=CURVES)
 book.show(fig, "curve", alt="Accuracy of three methods falling with the attack budget, down to chance",
           caption=f"{task.name}, {pgd.label}, seed {main}, 95 % intervals. Prompts were tuned at ε = {eps_255:g}/255 alone.")  # fmt: skip
@@ -485,7 +479,7 @@ by_hand = [attacks.attack_on(make, f"{make.__name__}-{pgd.n_steps}", pgd.n_steps
 # %%
 strong = [attacks.get_attack(sizes.pgd.replace("pgd", "cw")), *by_hand, attacks.get_attack(sizes.autoattack)]
 STRONG = ["HEP", "PAFT", "APT", "TRADES", "CAPT"]
-hit = [r for m in STRONG for r in book.measure(run, by_name[m], scenario.tests["all"], [(a, threat) for a in (pgd, *strong)], seed=main)]
+hit = book.measure_each(run, [by_name[m] for m in STRONG], scenario.tests["all"], [(a, threat) for a in (pgd, *strong)], seed=main)
 worst = [evaluate.worst_case([r for r in hit if r.method == m]) for m in STRONG]
 run.card.add(worst)
 for r in worst:
@@ -512,13 +506,12 @@ book.sanity_table([sanity.attack_order(hit)])
 # %%
 shots = scenario.train(main)
 READINGS = {"A1": "A1", "A2": "A2", "A3": "A3", "A4": "A4", "A5": "A5", "A7": "A7", "α = 0": 0.0, "α = ½": 0.5, "α = 1": 1.0}
-variants = [book.tune(run, CONSTANT.get(name, "CAPT"), carrier, shots, main, label=f"CAPT, {name}", config=capt.Choices(alpha=a)) for name, a in READINGS.items()]
+choices = [{"name": CONSTANT.get(n, "CAPT"), "label": f"CAPT, {n}", "config": capt.Choices(alpha=a)} for n, a in READINGS.items()]
 for name in sizes.teachers[1:]:
     teacher = defenses.load_defense(name, run.load_clip()).clip
-    variants.append(book.tune(run, "CAPT", carrier, shots, main, label="CAPT, teacher before TeCoA", teacher=teacher))
-for name in ONE_TOWER:
-    variants.append(book.tune(run, name, carrier, shots, main))
-ablation = [r for d in variants for r in book.measure(run, d, scenario.tests["all"], [(pgd, threat)], seed=main)]
+    choices.append({"name": "CAPT", "label": "CAPT, teacher before TeCoA", "teacher": teacher})
+variants = book.tune_each(run, carrier, shots, main, [*choices, *({"name": m} for m in ONE_TOWER)])
+ablation = book.measure_each(run, variants, scenario.tests["all"], [(pgd, threat)], seed=main)
 for r in ablation:
     name = {"CAPT, A1": "a1", "CAPT, α = 0": "own", "CAPT, α = 1": "frozen", "CAPT, teacher before TeCoA": "teacher"}.get(r.method)
     if name and r.metric in ("clean_acc", "robust_acc"):

@@ -356,7 +356,7 @@ book.table(lines, caption=f"Value and force of the map terms at the paper's weig
 # %%
 main, scenario = sizes.seeds[0], fewshot.base_to_new(pool, test, sizes.shots)
 display(book.factors_table(run, [*sizes.methods[1:], *sizes.components]))
-models = {s: [book.tune(run, m, carrier, scenario.train(s), s) for m in sizes.methods] for s in sizes.seeds}
+models = book.tune_scenario(run, carrier, scenario, sizes.methods, sizes.seeds)
 by_name = {d.name: d for d in models[main]}
 curves = {m: [h["divergence"] for h in by_name[m].history] for m in ("CBA-FAPT", "CBA-FAPT (no maps)", "FAP")}
 figs = [plots.convergence(curves, quantity="KL(clean ‖ attacked answer)", steps="tuning step"),
@@ -450,7 +450,7 @@ for title, part in beyond.items():
 
 # %%
 grid = [(pgd, ThreatModel(eps)) for eps in sizes.eps_grid]
-curve = [r for m in FAR for r in book.measure(run, by_name[m], scenario.tests["base"], grid, seed=main)]
+curve = book.measure_each(run, [by_name[m] for m in FAR], scenario.tests["base"], grid, seed=main)
 fig = plots.accuracy_vs_eps(curve, chance=1 / len(scenario.tests["base"].class_names), order=FAR)
 book.show(fig, "curve", alt="Accuracy on base classes of four methods falling with the attack budget, down to chance",
           caption=f"{scenario.tests['base'].name}, {pgd.label}, seed {main}, 95 % intervals. Prompts were tuned at ε = {eps_255:g}/255 alone.")  # fmt: skip
@@ -502,7 +502,7 @@ through_map = attacks.attack_on(evidence_down, f"evidence-{pgd.n_steps}", pgd.n_
 # %%
 strong = [attacks.get_attack(sizes.pgd_paper), attacks.get_attack(sizes.pgd.replace("pgd", "cw")), through_map, attacks.get_attack(sizes.autoattack)]
 STRONG = ["FAP", "CBA-FAPT (no maps)", "CBA-FAPT"]
-hit = [r for m in STRONG for r in book.measure(run, by_name[m], base, [(a, threat) for a in (pgd, *strong)], seed=main)]
+hit = book.measure_each(run, [by_name[m] for m in STRONG], base, [(a, threat) for a in (pgd, *strong)], seed=main)
 worst = [evaluate.worst_case([r for r in hit if r.method == m]) for m in STRONG]
 run.card.add(worst)
 for r in worst:
@@ -566,14 +566,12 @@ book.show(fig, "faithful", alt="Probability of the class as patches are deleted 
 
 # %%
 shots = scenario.train(main)
+choices = [{"name": m} for m in sizes.components]
+changes = {fusion: {"fusion": fusion} for fusion in sizes.fusions} | {"score × 100": {"score_scale": 100.0}, "class predicted": {"score": "predicted"}}
+choices += [{"name": "CBA-FAPT", "label": f"CBA-FAPT, {label}", "config": replace(cba_fapt.FULL, **change)} for label, change in changes.items()]
 variants = [by_name[m] for m in ("CBA-FAPT (adversarial only)", "CBA-FAPT (no maps)", "CBA-FAPT")]
-variants += [book.tune(run, m, carrier, shots, main) for m in sizes.components]
-for fusion in sizes.fusions:
-    variants.append(book.tune(run, "CBA-FAPT", carrier, shots, main, label=f"CBA-FAPT, {fusion}", config=replace(cba_fapt.FULL, fusion=fusion)))
-strongly = {"score × 100": {"score_scale": 100.0}, "class predicted": {"score": "predicted"}}
-for label, change in strongly.items():
-    variants.append(book.tune(run, "CBA-FAPT", carrier, shots, main, label=f"CBA-FAPT, {label}", config=replace(cba_fapt.FULL, **change)))
-ablation = [r for d in variants for part in scenario.tests.values() for r in book.measure(run, d, part, [(pgd, threat)], seed=main)]
+variants += book.tune_each(run, carrier, shots, main, choices)
+ablation = [r for part in scenario.tests.values() for r in book.measure_each(run, variants, part, [(pgd, threat)], seed=main)]
 columns = {f"{part}, {metric.split('_')[0]}": {"dataset": test_set.name, "metric": metric, "eps_255": eps_255 if metric[0] == "r" else 0.0}
            for part, test_set in scenario.tests.items() for metric in ("clean_acc", "robust_acc")}  # fmt: skip
 book.accuracy_table(ablation, columns=columns, caption=f"{test.name}, seed {main}: one choice changed at a time; the rates are those of the table of factors.")

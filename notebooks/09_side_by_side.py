@@ -233,9 +233,7 @@ print(f"view ensemble, {len(x)} images, right: " + ", ".join(f"{k} {head}" for h
 # [control](fair-draws) below asks what chance alone would take.
 
 # %%
-rows, worst = {}, {}
-for m, candidate in line.items():
-    rows[m], worst[m] = side.besieged(run, candidate, task, shared, eps_255)
+rows, worst = side.besieged_each(run, list(line.values()), task, shared, eps_255)
 
 
 def my_worst(found):
@@ -387,8 +385,9 @@ def tuned_on(method, base):
 
 
 mixed = [on_tower(*pair) for pair in sizes.stacked] + [tuned_on(*pair) for pair in sizes.tuned_on]
+for target, found in zip((rows, worst), side.besieged_each(run, mixed, task, shared, eps_255), strict=True):
+    target |= found
 for candidate in mixed:
-    rows[candidate.name], worst[candidate.name] = side.besieged(run, candidate, task, shared, eps_255)
     stage[candidate.name] = side.stages(rows[candidate.name], worst[candidate.name], OBLIVIOUS)
     book.glue(f"worst-{candidate.name}", 100 * worst[candidate.name].value)
 

@@ -11,6 +11,7 @@ from .measure import (
     logits_of,
     map_facts,
     measure,
+    measure_each,
     measure_images,
     measure_logits,
     measure_maps,
@@ -32,7 +33,17 @@ from .tables import (
     sets_table,
     told,
 )
-from .tuning import backbone, factors_table, marked, measure_scenario, paired_over_seeds, scenario_table, tune
+from .tuning import (
+    backbone,
+    factors_table,
+    marked,
+    measure_scenario,
+    paired_over_seeds,
+    scenario_table,
+    tune,
+    tune_each,
+    tune_scenario,
+)
 
 __all__ = [
     "Html",
@@ -59,6 +70,7 @@ __all__ = [
     "maps_table",
     "marked",
     "measure",
+    "measure_each",
     "measure_images",
     "measure_logits",
     "measure_maps",
@@ -85,4 +97,6 @@ __all__ = [
     "told",
     "training_cost",
     "tune",
+    "tune_each",
+    "tune_scenario",
 ]

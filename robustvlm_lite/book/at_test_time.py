@@ -1,7 +1,9 @@
 """What the chapter on defenses at test time repeats: images made once and shown to everyone, fresh draws, passes and seconds."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from ..records import Row
 from ..threat import ThreatModel, audit, to_8bit
 from .markup import Html, table
 from .measure import measure_images, measure_maps
+from .spread import spread
 
 
 def craft(run, attack: Attack, surface: nn.Module, data: ImageSet, eps_255: float, name: str = "", batch: int = 32) -> Tensor:
@@ -21,15 +24,18 @@ def craft(run, attack: Attack, surface: nn.Module, data: ImageSet, eps_255: floa
     surface: what the attacker differentiates. name: of what is attacked, where the attack's own name does not say it; all
     random numbers depend on it.
     """
-    threat, parts = ThreatModel(eps_255), []
-    for index in torch.arange(len(data)).split(batch):
+    threat = ThreatModel(eps_255)
+
+    def attacked(index: Tensor) -> Tensor:
         x, y = data.pixels(index).to(run.device), data.labels[index].to(run.device)
         keys = [(run.seed, data.name, name or attack.name, eps_255, int(i)) for i in index]
         seen = surface.streaming(keys) if hasattr(surface, "streaming") else surface
         x_adv = attack.run(seen, x, y, threat, keys)
         audit(x, x_adv, threat)
-        parts.append(to_8bit(x_adv, x, threat).cpu())
-    return torch.cat(parts)
+        return to_8bit(x_adv, x, threat).cpu()
+
+    parts = torch.arange(len(data)).split(batch)
+    return torch.cat(spread(run, [partial(attacked, index) for index in parts], f"{name or attack.name} on {data.name}"))
 
 
 def measure_shown(
@@ -39,36 +45,44 @@ def measure_shown(
 
     shown: attack -> images [N, 3, S, S] of `data`; "none" are the clean ones.
     """
-    rows, seconds = [], {}
-    for method, model in models.items():
-        for attack, images in shown.items():
-            began = time.perf_counter()
-            rows.append(measure_images(run, method, model, data, images, attack, 0.0 if attack == "none" else eps_255))
-            seconds.setdefault(method, (time.perf_counter() - began) / len(data))
-    return rows, seconds
+
+    def asked(method: str, attack: str) -> tuple[Row, float]:
+        began = time.perf_counter()
+        row = measure_images(run, method, models[method], data, shown[attack], attack, 0.0 if attack == "none" else eps_255)
+        return row, (time.perf_counter() - began) / len(data)
+
+    found = spread(run, [partial(asked, *pair) for pair in product(models, shown)], f"verdicts on {data.name}")
+    run.card.add(row for row, _ in found)
+    seconds = {}
+    for row, took in found:
+        seconds.setdefault(row.method, took)
+    return [row for row, _ in found], seconds
 
 
-def always_right(run, model: nn.Module, data: ImageSet, draws: int) -> float:
-    """Share of clean images that a random model names rightly in each of `draws` fresh draws: what chance alone takes."""
+def always_right(run, keyed: Callable[[Sequence[tuple]], nn.Module], data: ImageSet, draws: int) -> Tensor:
+    """[N] bool, on the CPU: clean images that a random model names rightly in each of `draws` fresh draws; what chance alone leaves.
+
+    keyed: keys of the images -> the model with the draws that belong to them.
+    """
     right = torch.ones(len(data), dtype=torch.bool)
     for k in range(draws):
         keys = [(run.seed, data.name, "fresh", k, i) for i in range(len(data))]
         with torch.no_grad():
-            answer = model.keyed(keys)(data.pixels().to(run.device)).argmax(dim=1).cpu()
-        right &= answer == data.labels
-    return right.float().mean().item()
+            right &= keyed(keys)(data.pixels().to(run.device)).argmax(dim=1).cpu() == data.labels
+    return right
 
 
 def passes_table(run, models: Mapping[str, nn.Module], data: ImageSet, seconds: Mapping[str, float], *, caption: str) -> Html:
-    """Passes of an image through both towers, counted on four images, and seconds; models without a counter take one pass."""
+    """Passes of an image through both towers, counted on the first four images, and seconds; models without a counter take one pass."""
     lines = []
     for method, model in models.items():
         passes = [1, 0, 0, 0]
         if hasattr(model, "passes"):
             before = list(vars(model.passes).values())
+            few = range(min(4, len(data)))
             with torch.no_grad():
-                evaluate.for_images(model, data, range(4), run.seed)(data.pixels(slice(0, 4)).to(run.device))
-            passes = [(b - a) / 4 for a, b in zip(before, vars(model.passes).values(), strict=True)]
+                evaluate.for_images(model, data, few, run.seed)(data.pixels(slice(len(few))).to(run.device))
+            passes = [(b - a) / len(few) for a, b in zip(before, vars(model.passes).values(), strict=True)]
         heads = ("image passes", "backward", "class texts", "backward, text")
         counts = {head: f"{p:.0f}" for head, p in zip(heads, passes, strict=True)}
         lines.append({"method": method} | counts | {"s an image": f"{seconds[method]:.3f}"})

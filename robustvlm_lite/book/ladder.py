@@ -1,6 +1,7 @@
 """What chapter 07 measures beside its main table: attackers that know more and more, AutoAttack's flags, another tower."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from ..records import Row
 from ..stats import wilson
 from .at_test_time import always_right, craft, measure_shown
 from .markup import Html, table
+from .spread import spread
 from .tables import accuracy_table
 
 TOGETHER = ("worst of all", "clean, as many draws")
@@ -67,13 +69,18 @@ def climb(
 
     shown: defense -> rung -> attacked images [N, 3, S, S] of `data`. The verdict on each rung has fresh draws.
     """
-    rows = []
-    for name, rungs in shown.items():
-        for rung, images in rungs.items():
-            rows += measure_shown(run, {name: Fresh(models[name], rung)}, data, {rung: images}, eps_255)[0]
+
+    def asked(name: str, rung: str) -> list[Row]:
+        return measure_shown(run, {name: Fresh(models[name], rung)}, data, {rung: shown[name][rung]}, eps_255)[0]
+
+    pairs = [(name, rung) for name, rungs in shown.items() for rung in rungs]
+    rows = [row for found in spread(run, [partial(asked, *pair) for pair in pairs], "verdicts on the ladder") for row in found]
+    run.card.add(rows)
     worst = {name: evaluate.worst_case([r for r in rows if r.method == name]) for name in shown}
     run.card.add(worst.values())
-    return rows, worst, {name: always_right(run, models[name], data, len(rungs)) for name, rungs in shown.items()}
+    controls = [partial(always_right, run, models[name].keyed, data, len(rungs)) for name, rungs in shown.items()]
+    shares = [right.float().mean().item() for right in spread(run, controls, "clean images, as many draws")]
+    return rows, worst, dict(zip(shown, shares, strict=True))
 
 
 def rungs_of(

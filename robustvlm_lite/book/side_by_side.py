@@ -1,19 +1,16 @@
 """Every CLIP defense as one kind of candidate: what judges an image, what an attacker may go through, and what an answer costs."""
 
-import gc
 import hashlib
 import time
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from .. import attacks, defenses, evaluate
 from ..attacks import Attack, renamed
@@ -22,9 +19,11 @@ from ..data import ImageSet
 from ..defenses import Defense, Recipe
 from ..records import Row, column
 from ..stats import bootstrap_mean, paired_shares
-from .at_test_time import craft
+from .at_test_time import always_right, craft
 from .markup import Html, table
 from .measure import measure_images
+from .memory import peak_bytes
+from .spread import spread
 from .tables import points
 
 PLAIN = ("a photo of a {}.",)  # the template of every defense at test time, and of learned prompts
@@ -127,6 +126,15 @@ def besieged(run, candidate: Candidate, data: ImageSet, shared: Mapping[str, Ten
     return rows, worst
 
 
+def besieged_each(
+    run, candidates: Sequence[Candidate], data: ImageSet, shared: Mapping[str, Tensor], eps_255: float
+) -> tuple[dict[str, list[Row]], dict[str, Row]]:
+    """(rows, worst case) of `besieged` by the name of each candidate, on all cores at once."""
+    found = spread(run, [partial(besieged, run, c, data, shared, eps_255) for c in candidates], "siege")
+    run.card.add(row for rows, worst in found for row in (*rows, worst))
+    return tuple({c.name: pair[k] for c, pair in zip(candidates, found, strict=True)} for k in (0, 1))
+
+
 def stages(rows: Sequence[Row], worst: Row, oblivious: str) -> dict[str, Row]:
     """What a reader compares of a method: clean, under the attack that does not know it, and in the worst case."""
     return {"clean": rows[0], "attack on CLIP": next(row for row in rows if row.attack == oblivious), "worst case": worst}
@@ -150,11 +158,8 @@ def _unchanged(clean: Row, eps_255: float) -> Row:
 def chance_alone(run, candidate: Candidate, data: ImageSet, rows: Sequence[Row], worst: Row) -> tuple[dict, tuple[float, float, float]]:
     """(a line of a table, worst case - control, paired) of a random model: the control asks clean images as often, draws anew,
     and counts an image that is right in each draw."""
-    asked, right = len(rows) - 1, np.ones(len(data), dtype=bool)  # the unchanged row is the clean one again
-    for k in range(asked):
-        model = fresh(candidate.model).keyed([(run.seed, data.name, "fresh", k, i) for i in range(len(data))])
-        with torch.no_grad():
-            right &= (model(data.pixels().to(run.device)).argmax(dim=1).cpu() == data.labels).numpy()
+    asked = len(rows) - 1  # the unchanged row is the clean one again
+    right = always_right(run, lambda keys: fresh(candidate.model).keyed(keys), data, asked).numpy()
     diff = paired_shares(column(worst.records.sort_by("index"), "correct"), right)
     shares = {"clean, one draw": rows[0].value, "clean, right in all": right.mean().item(), "worst case": worst.value}
     line = {"method": candidate.name, "draws": asked} | {head: 100 * share for head, share in shares.items()}
@@ -162,47 +167,6 @@ def chance_alone(run, candidate: Candidate, data: ImageSet, rows: Sequence[Row],
 
 
 # ---- the price of an answer
-
-
-class _Held(TorchDispatchMode):
-    """Watches every tensor that is made, and the largest number of bytes that were alive at once."""
-
-    def __init__(self):
-        super().__init__()
-        self.now, self.peak, self._known = 0, 0, set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        for given in tree_leaves((args, kwargs)):
-            if isinstance(given, Tensor):
-                self._watch(given.untyped_storage(), size=0)  # if unknown, it was there before
-        out = func(*args, **(kwargs or {}))
-        for made in tree_leaves(out):
-            if isinstance(made, Tensor):
-                self._watch(made.untyped_storage(), made.untyped_storage().nbytes())
-        return out
-
-    def _watch(self, storage, size: int) -> None:
-        place = storage._cdata
-        if place in self._known:
-            return
-        self._known.add(place)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._release, place, size)
-
-    def _release(self, place: int, size: int) -> None:
-        self._known.discard(place)
-        self.now -= size
-
-
-def peak_bytes(function: Callable[[], object]) -> int:
-    """The most bytes of tensors that `function` held at once; weights and inputs that were there before do not count."""
-    gc.collect()
-    held = _Held()
-    with held:
-        kept = function()
-    del kept
-    return held.peak
 
 
 @dataclass(frozen=True)

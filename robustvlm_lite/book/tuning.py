@@ -20,6 +20,7 @@ from ..stats import paired_bootstrap
 from ..threat import ThreatModel
 from .markup import Html, table
 from .measure import measure
+from .spread import beforehand
 
 
 def backbone(run) -> ZeroShotCLIP:
@@ -97,16 +98,29 @@ def tune(
     return defense
 
 
+def tune_each(run, carrier: ZeroShotCLIP, train: ImageSet, seed: int, variants: Sequence[Mapping]) -> list[Defense]:
+    """What `tune` gives for each of several variants, which name their method and options; trained on all cores at once."""
+    jobs = [partial(tune, run, carrier=carrier, train=train, seed=seed, **options) for options in variants]
+    beforehand(run, jobs, "tuning")
+    return [job() for job in jobs]
+
+
+def tune_scenario(
+    run, carrier: ZeroShotCLIP, scenario: Scenario, methods: Sequence[str], seeds: Sequence[int]
+) -> dict[int, list[Defense]]:
+    """seed -> each method, tuned on the shots that the scenario draws by that seed."""
+    shots = {seed: scenario.train(seed) for seed in seeds}
+    jobs = {seed: [partial(tune, run, m, carrier, shots[seed], seed) for m in methods] for seed in seeds}
+    beforehand(run, [job for of_seed in jobs.values() for job in of_seed], "tuning")
+    return {seed: [job() for job in of_seed] for seed, of_seed in jobs.items()}
+
+
 def measure_scenario(run, scenario: Scenario, tuned: Mapping[int, Sequence[Defense]], attack, eps_255: float) -> list[Row]:
     """Clean and attacked accuracy of each seed's defenses on every part of a scenario, added to the card."""
-    pair = (attack, ThreatModel(eps_255))
-    return [
-        row
-        for seed, models in tuned.items()
-        for defense in models
-        for part in scenario.tests.values()
-        for row in measure(run, defense, part, [pair], seed=seed)
-    ]
+    pairs, parts = [(attack, ThreatModel(eps_255))], scenario.tests.values()
+    jobs = [partial(measure, run, d, part, pairs, seed=s) for s, models in tuned.items() for d in models for part in parts]
+    beforehand(run, jobs, "measuring")
+    return [row for job in jobs for row in job()]
 
 
 def marked(tuned: Mapping[int, Sequence[Defense]], n_classes: int) -> set[tuple[str, int]]:

@@ -9,7 +9,7 @@ from ..data import ImageSet
 from ..fewshot import Scenario, Summary, in_distribution, summarize
 from ..records import Row
 from .markup import Html, table
-from .tuning import _spread, marked, measure_scenario, scenario_table, tune
+from .tuning import _spread, marked, measure_scenario, scenario_table, tune_scenario
 
 
 def measured(run, scenario: Scenario, models: Mapping[int, Sequence], attack: Attack, eps_255: float) -> tuple[list[Row], list[Summary]]:
@@ -23,8 +23,7 @@ def tune_and_measure(
     run, carrier: ZeroShotCLIP, scenario: Scenario, methods: Sequence[str], seeds: Sequence[int], attack: Attack, eps_255: float
 ) -> list[Summary]:
     """A summary of each method, tuned once a seed on the scenario's shots and measured on its parts."""
-    models = {seed: [tune(run, m, carrier, scenario.train(seed), seed) for m in methods] for seed in seeds}
-    return measured(run, scenario, models, attack, eps_255)[1]
+    return measured(run, scenario, tune_scenario(run, carrier, scenario, methods, seeds), attack, eps_255)[1]
 
 
 def with_shots(scenario: Scenario, shots: int) -> Scenario:

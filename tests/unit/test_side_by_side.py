@@ -12,6 +12,7 @@ from torch import nn
 from robustvlm_lite import attacks, data, defenses, evaluate
 from robustvlm_lite.book import craft
 from robustvlm_lite.book import side_by_side as side
+from robustvlm_lite.book.memory import peak_bytes
 from robustvlm_lite.cards import Card
 from robustvlm_lite.clip import load_clip
 from robustvlm_lite.defenses.keyed import Keyed
@@ -46,13 +47,13 @@ def test_peak_counts_what_is_alive_at_once():
         c = torch.zeros(250)  # 3000: the first is gone
         return b, c
 
-    assert side.peak_bytes(function) == 6000
+    assert peak_bytes(function) == 6000
 
 
 def test_views_share_their_memory_and_inputs_do_not_count():
     before = torch.zeros(1000)
-    assert side.peak_bytes(lambda: before.view(10, 100).T[2:]) == 0
-    assert side.peak_bytes(lambda: before + 1) == 4000
+    assert peak_bytes(lambda: before.view(10, 100).T[2:]) == 0
+    assert peak_bytes(lambda: before + 1) == 4000
 
 
 def test_peak_of_a_chain_holds_two_links_at_a_time():
@@ -62,7 +63,7 @@ def test_peak_of_a_chain_holds_two_links_at_a_time():
             x = x + 1
         return x
 
-    assert side.peak_bytes(chain) == 800
+    assert peak_bytes(chain) == 800
 
 
 # ---- orders

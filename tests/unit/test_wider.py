@@ -1,21 +1,31 @@
 """Scenarios beyond the main one: which sets and shots are run, under which names, and the table of them."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
+import torch
 from toy_tuning import photos
 
 from robustvlm_lite import fewshot
 from robustvlm_lite.attacks import get_attack
-from robustvlm_lite.book import wider
+from robustvlm_lite.book import measure_each, tuning, wider
 from robustvlm_lite.cards import Card
 from robustvlm_lite.fewshot import Summary
 from robustvlm_lite.records import Store
+from robustvlm_lite.threat import ThreatModel
 
 
 @pytest.fixture
 def sets():
     return [photos(24, 64, seed=k, name=f"small/{name}") for k, name in enumerate(("a", "b"))]
+
+
+def run_in(out, **sizes):
+    """What a chapter's run offers to the functions tested here."""
+    sizes, card = SimpleNamespace(shots=2, backbone="none", **sizes), Card("05_capt", "tiny", 0, {})
+    places = {"device": torch.device("cpu"), "out": out, "store": Store(out / "cells"), "card": card}
+    return SimpleNamespace(seed=0, sizes=sizes, parameters={"eps_255": 1.0}, **places)
 
 
 def test_every_set_and_number_of_shots_but_the_main_pair(sets):
@@ -38,9 +48,7 @@ def test_other_shots_keep_their_parts_and_leave_the_names_that_claims_read(sets)
 
 
 def test_methods_are_tuned_once_a_seed_and_measured_on_every_part(sets, random_clip, tmp_path):
-    sizes = SimpleNamespace(shots=2, backbone="none")
-    run = SimpleNamespace(seed=0, sizes=sizes, device="cpu", parameters={"eps_255": 1.0}, out=tmp_path, card=Card("05_capt", "tiny", 0, {}))
-    run.store = Store(tmp_path / "cells")
+    run = run_in(tmp_path)
     scenario, attack = fewshot.base_to_new(sets[0], sets[0], 2), get_attack("pgd-2")
     (found,) = wider.tune_and_measure(run, random_clip, scenario, ["HEP"], [1, 2], attack, 1.0)
     assert (found.method, found.seeds, list(found.natural)) == ("HEP", 2, ["base", "new"])
@@ -50,6 +58,22 @@ def test_methods_are_tuned_once_a_seed_and_measured_on_every_part(sets, random_c
         assert found.natural[part] == pytest.approx((right, 0)) and found.robust[part][0] <= right
     rows = run.card.as_dict()["rows"]
     assert {(r["dataset"], r["extra"]["seed"]) for r in rows} == {(f"small/a:{part}", seed) for part in ("base", "new") for seed in (1, 2)}
+
+
+def test_two_processes_tune_and_measure_what_one_does(sets, random_clip, tmp_path, monkeypatch):
+    scenario, attack, found = fewshot.in_distribution(sets[0], sets[0], 2), get_attack("pgd-2"), []
+    for cores in (1, 2):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
+        run = run_in(tmp_path / str(cores), tuning={"steps": 2, "batch": 4, "rate": 10.0, "precision": None})
+        models = tuning.tune_scenario(run, random_clip, scenario, ["HEP", "APT"], [1, 2])
+        (alone,) = tuning.tune_each(run, random_clip, scenario.train(1), 1, [{"name": "APT", "label": "alone"}])
+        rows = tuning.measure_scenario(run, scenario, models, attack, 1.0)
+        rows += measure_each(run, [models[2][1], alone], scenario.tests["all"], [(attack, ThreatModel(2.0))], seed=2)
+        learned = [p.detach() for m in (models[1][1], models[2][1], alone) for p in m.learner.parameters()]
+        found.append((learned, [(r.method, r.metric, r.extra["seed"], r.value) for r in rows], len(run.card.as_dict()["rows"])))
+    (one, rows, kept), (two, other_rows, other_kept) = found
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True)) and rows == other_rows
+    assert kept == other_kept > 0 and not torch.equal(one[0], one[len(one) // 3])
 
 
 def test_the_table_has_a_line_a_set_and_a_column_a_method():
