@@ -249,7 +249,7 @@ torch.testing.assert_close(one.views[:, 1:], (1 - lam) * base + lam * mix)
 few = slice(0, min(3, n_views - 1))
 rows_of = {"base": base[0, few], "protected": one.mask[0, few, None].expand(-1, 3, -1, -1).float(), "AugMix": mix[0, few], "view": one.views[0, 1:][few]}
 entropies = viewing.entropy(one.first)[0, 1:]
-fig = plots.picture_rows({k: v.cpu() for k, v in rows_of.items()}, [f"view {i + 1}" for i in range(few.stop)], feet=[f"H = {h:.2f}" for h in entropies[few]])
+fig = plots.picture_rows({k: v.cpu().clamp(0, 1) for k, v in rows_of.items()}, [f"view {i + 1}" for i in range(few.stop)], feet=[f"H = {h:.2f}" for h in entropies[few]])
 book.show(fig, "views", alt="Some views of an attacked photograph: the base, the protected pixels, the AugMix mixture, and the mixed view with its entropy",
           caption=f"How the first {few.stop} of {n_views - 1} views of the attacked photograph are made. White pixels are protected. H: entropy of CLIP's answer to the view.")  # fmt: skip
 
