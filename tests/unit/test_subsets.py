@@ -21,7 +21,7 @@ from robustvlm_lite.data.subsets import (
     labels_sha256,
     manifests,
 )
-from robustvlm_lite.runtime import UserError
+from robustvlm_lite.runtime import UserError, asset, profile
 
 
 def random_labels(counts=(30, 17, 44, 21), seed=0):
@@ -62,13 +62,36 @@ def test_every_pack_has_a_committed_list():
     assert set(manifests()) >= set(PACKS)
 
 
+# ---- committed few-shot lists
+
+LISTS = json.loads(asset("few_shot.json").read_text())
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_committed_shots_are_those_that_are_drawn(name, request):
+    root = "" if name.startswith("photos/") else str(request.getfixturevalue("data_root"))
+    labels, kept = read_rows(pack_folder(name, root), "train")[2], LISTS[name]
+    assert kept["labels_sha256"] == labels_sha256(labels) and list(kept["rows"]) == [str(s) for s in FEW_SHOT_SEEDS]
+    for seed in FEW_SHOT_SEEDS:
+        rows = torch.tensor(kept["rows"][str(seed)]).view(-1, kept["shots"])
+        for shots in [k for k in SHOTS if k <= kept["shots"]]:
+            assert torch.equal(few_shot_rows(labels, shots, seed, name), rows[:, :shots].flatten())
+        assert (labels[rows] == torch.arange(len(rows))[:, None]).all() and len(rows.unique()) == rows.numel()
+
+
+def test_every_pack_that_a_chapter_takes_shots_from_has_its_lists():
+    pools = {name for chapter in ("05_capt", "06_cba_fapt") for p in ("tiny", "small") for name, _ in profile(chapter, p).train}
+    assert {name for name in pools if not name.startswith("scenes/")} <= set(LISTS)
+
+
 def test_the_script_writes_what_is_here_and_keeps_the_rest(tmp_path, monkeypatch):
     small_sets.class_folders(tmp_path / "full/imagenet_a/imagenet-a", ["n01498041", "n09472597", "n12267677"])
     small_sets.shrink(monkeypatch, "coop/imagenet_a")
     real = make_subsets.asset
-    monkeypatch.setattr(make_subsets, "asset", lambda *p: tmp_path / p[0] if p == ("subsets.json",) else real(*p))
+    monkeypatch.setattr(make_subsets, "asset", lambda *p: tmp_path / p[0] if p[0].endswith(".json") and len(p) == 1 else real(*p))
     make_subsets.main(["--data-root", str(tmp_path)])
-    written = json.loads((tmp_path / "subsets.json").read_text())
+    written, shots = (json.loads((tmp_path / file).read_text()) for file in ("subsets.json", "few_shot.json"))
+    assert shots == {name: LISTS[name] for name in LISTS if name.startswith("photos/")}, "of what is here"
     new = written.pop("coop/imagenet_a")
     assert written == manifests()
     assert new["split"] == "test" and sorted(new["rows"]) == list(range(6))
