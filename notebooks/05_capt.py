@@ -10,8 +10,8 @@
 # # CAPT: should tuned prompts listen to a frozen CLIP?
 #
 # *A few learned tokens in front of a frozen CLIP, tuned on attacked images of a few shots. An adaptive weight says for each
-# image how far to trust the model's own clean answer and how far a frozen copy's. Nobody outside knows its formula, so
-# this page names the readings and measures them.*
+# image how far to trust the model's own clean answer and how far a frozen copy's. The sources that we could read do
+# not give its formula, so this page names the readings and measures them.*
 #
 # [Colab](https://colab.research.google.com/github/robustvlm-lite/robustvlm_lite/blob/main/notebooks/05_capt.ipynb) ·
 # [source](https://github.com/robustvlm-lite/robustvlm_lite/blob/main/notebooks/05_capt.py) ·
@@ -24,13 +24,13 @@
 #
 # | | |
 # |---|---|
-# | Paper | Yang et al. 2024 {cite}`yang2024capt`; no code is public, and its full text could not be obtained |
+# | Paper | Yang et al. 2024 {cite}`yang2024capt`; no code was found, and we had its abstract and summaries, not its full text |
 # | Threat model | ℓ∞, white box, the budget of training; the papers use 1/255 and 4/255, in pixels |
 # | What is trained | a few prompt tokens in both towers; every weight of CLIP stays as it is |
 # | What runs at test time | CLIP with those tokens: a longer sequence, nothing else |
 # | Gradients usable? deterministic? | yes, and yes: an attack differentiates through the prompts |
 # | Training cost | two passes over clean and attacked images a step, and the attack; the frozen model answers once |
-# | Found on this page | every attack together leaves CAPT {glue:text}`worst-CAPT:.0f`, APT, which tunes a text context alone, {glue:text}`worst-APT:.0f`, TRADES over CAPT's prompts {glue:text}`worst-TRADES:.0f`, a linear head {glue:text}`worst-PAFT:.0f`, hand-written prompts {glue:text}`worst-HEP:.0f` percent |
+# | Found on this page | every attack together leaves CAPT {glue:text}`worst-CAPT:.0f`, APT, which tunes a text context alone, {glue:text}`worst-APT:.0f`, TRADES over CAPT's prompts {glue:text}`worst-TRADES:.0f`, a linear head {glue:text}`worst-PAFT:.0f`, hand-written prompts {glue:text}`worst-HEP:.0f` percent (the first seed's prompts; n and intervals stand in the table of attacks) |
 
 # %% [markdown]
 # ## What the paper claims
@@ -41,7 +41,7 @@
 
 # %% tags=["parameters"]
 profile: str = "tiny"  # "tiny": laptop | "small": real image packs | "paper": ViT-B/32, GPU
-seed: int = 0  # test images and attack starts derive from it; shots and prompts have the profile's seeds
+seed: int = 0  # test images derive from it; shots, prompts and their attack starts have the profile's seeds
 eps_255: float = 0.0  # budget of training and test in steps of 1/255; 0 takes the profile's
 n: int = 0  # test images per accuracy; 0 takes the profile's number
 steps: int = 0  # steps of each tuning; 0 takes the profile's number, or the paper's epochs
@@ -91,8 +91,8 @@ book.claims_table("05_capt", card=book.committed_card("05_capt", profile))
 #
 # ## See the problem first
 #
-# Prompts are tuned where retraining a tower is too dear. APT's protocol {cite}`li2024apt`, which CAPT follows as far as can
-# be known, starts from an image tower that TeCoA {cite}`mao2023tecoa` has already made robust. So does this page.
+# Prompts are tuned where retraining a tower is too dear. APT's protocol {cite}`li2024apt`, which we take to be CAPT's too, starts
+# from an image tower that TeCoA {cite}`mao2023tecoa` has already made robust. So does this page.
 #
 # The tower is robust on what it was tuned on. On another task it is less accurate, and an attack takes more. The image
 # below is the first of the test images that the tower names rightly when clean and wrongly when attacked.
@@ -118,7 +118,7 @@ book.show(fig, "problem", alt="A test image, its attacked copy that looks the sa
 # Freeze everything. Put two learned tokens beside the words and two beside the patches, and again in deeper blocks. Tune
 # them on a few images of each class, attacked anew in every step.
 #
-# With so few images, prompts overfit. A consistency term helps: the answer to an attacked image should equal the answer to
+# With so few images, prompts may overfit. A consistency term is meant to help: the answer to an attacked image should equal the answer to
 # the clean one. But whose clean answer? The tuned model's own answer moves along, and may be wrong. The frozen model's
 # answer stays, knows what CLIP knows, but nothing of the new task.
 #
@@ -160,15 +160,15 @@ one_template = carrier.classifier(task.class_names, ("a photo of a {}.",))
 torch.testing.assert_close(bare.classifier(task.class_names)(x), one_template(x), rtol=1e-4, atol=1e-4)
 
 # %% [markdown]
-# The last line is a guard: a prompted model without prompts must be the frozen model. Depth is scaled with the towers, so
-# that the published nine blocks of twelve stay three quarters (paper: none of the sources gives CAPT's own depth).
+# The last line is a guard: a prompted model without prompts must be the frozen model. MaPLe and FAP prompt nine blocks of twelve.
+# We take three quarters of the shorter tower, rounded, in both (our reading: no source gives CAPT's depth).
 #
 # ## The loss
 #
 # $$L = \mathrm{CE}(p_{tr}(x), y) + \lambda\,\big[(1-\alpha)\,\mathrm{KL}(p_{tr}(x)\,\|\,p_{tr}(x_a)) + \alpha\,\mathrm{KL}(p_{fz}(x)\,\|\,p_{tr}(x_a))\big]$$
 #
-# Cross-entropy is taken on clean images only, unlike in APT, which trains on attacked images alone and so has nothing that
-# holds the clean answers. The first divergence is TRADES {cite}`zhang2019trades` over prompts. The
+# Cross-entropy is taken on clean images only, unlike in APT, which trains on attacked images alone. Whether its clean answers
+# suffer for it, the table below shows. The first divergence is TRADES {cite}`zhang2019trades` over prompts. The
 # second asks the attacked answer to agree with what the frozen model said of the clean image.
 
 
@@ -245,11 +245,12 @@ book.show(fig, "readings", alt="Trust in the frozen model against the tuned mode
 #
 # ## Paper versus code
 #
-# There is no released code. The ledger lists what the accessible sources leave open, our default, and the switch.
+# We found no released code. The ledger lists what the accessible sources leave open, our default, and the switch.
 #
 # | what | what the sources say | ours | switch | effect on this page |
 # |---|---|---|---|---|
 # | formula of α | adaptive, reliability on clean images | A1 | `Choices(alpha=...)` | A2 to A7: ablation |
+# | tower that is tuned | not stated; APT starts from TeCoA's | TeCoA's tower, all methods alike; else CLIP's own | `backbone` of the profile | not measured |
 # | λ | none | 1.5, the optimum of FAP ([chapter 6](06_cba_fapt.py)); TRADES takes 6 | `weight` | other values not measured |
 # | direction of KL | printed as KL(attacked, frozen) | target first, as all code of this family computes it | `direction` | forces below; not tuned |
 # | gradient through the own clean answer | none | yes, as TRADES | `detach_clean` | forces below; not tuned |
@@ -301,8 +302,8 @@ book.table(rows, caption=f"The loss of one batch before the first step, n = {len
 # below the first line is not held down by its rate. The search ran on the first data set; the second takes its factors. Readings of α
 # between the constants 0 and 1, and other frozen models, take CAPT's.
 #
-# Shots, starts of the prompts and
-# order of the batches have a seed of their own, and every method is tuned once a seed.
+# Shots, starts of the prompts, order of the batches and starts of the test attack have a seed of their own, and every method is
+# tuned once a seed.
 #
 # HEP is the robust tower with hand-written prompts. AdvVP learns tokens and a frame of pixels, APT {cite}`li2024apt` a text
 # context, PAFT a linear head. The last three share CAPT's prompts: TRADES, distillation, and CAPT.
@@ -362,9 +363,10 @@ book.published_table("05_capt")
 # possible.
 #
 # The linear head is the simplest thing that shots can buy: no prompt, no new class, the tower's features as they are. It keeps
-# {glue:text}`clean-PAFT:.0f` clean and {glue:text}`robust-PAFT:.0f` under attack.
+# {glue:text}`clean-PAFT:.0f` clean and {glue:text}`robust-PAFT:.0f` under attack. Look at the clean bars, too: a consistency term is no
+# advantage by itself, and APT and the linear head, which have none, are the rivals to compare with.
 #
-# The table's ± is a spread over seeds, of shots and starts. The bars are another thing: they compare image by image. An image's
+# The table's ± is a spread over seeds, of shots and of all starts. The bars are another thing: they compare image by image. An image's
 # verdicts are averaged over the seeds first, then images are resampled, since three answers to one image are not three images.
 # The verdicts at the end do the same.
 
@@ -412,7 +414,9 @@ if sizes.fewer:
     display(wider.sets_table(more, caption=f"Other sets and fewer shots, one seed, {pgd.name} at ε = {eps_255:g}/255."))
 
 # %% [markdown]
-# Two things to look for. On *base*, tuning should help, as on any task with shots. On *new*, no method can win by learning
+# Two things to look for, where n allows: the captions give it, and rows that differ by one image are the same.
+#
+# On *base*, tuning should help, as on any task with shots. On *new*, no method can win by learning
 # the classes: prompts that fit the base classes closely tend to lose there, and hand-written prompts are the line to beat.
 #
 # A frozen model in the loss is an argument about exactly this column. If CAPT's new classes fall as far as APT's, the
@@ -428,12 +432,12 @@ grid = [(pgd, ThreatModel(eps)) for eps in sizes.eps_grid]
 CURVES = ["HEP", "APT", "CAPT"]
 curve = book.measure_each(run, [by_name[m] for m in CURVES], scenario.tests["all"], grid, seed=main)
 fig = plots.accuracy_vs_eps(curve, chance=1 / len(task.class_names), order=CURVES)
-book.show(fig, "curve", alt="Accuracy of three methods falling with the attack budget, down to chance",
+book.show(fig, "curve", alt="Accuracy of three methods falling with the attack budget, to chance and below",
           caption=f"{task.name}, {pgd.label}, seed {main}, 95 % intervals. Prompts were tuned at ε = {eps_255:g}/255 alone.")  # fmt: skip
 
 # %% [markdown]
-# The prompts met one budget in training. To its right the tower decides: tokens cannot add robustness that the tower has
-# not, and may lose some. Compare each curve there with that of hand-written prompts. A curve that stayed above chance at a budget that can redraw an image would mean a masked gradient.
+# The prompts met one budget in training. At and below it a tuned curve can lie well above that of hand-written prompts, on one and
+# the same tower. To its right nothing was trained, and the advantage may vanish or turn. A curve that stayed above chance at a budget that can redraw an image would mean a masked gradient.
 #
 # ## Is the evaluation sound?
 
@@ -491,10 +495,15 @@ book.sanity_table([sanity.attack_order(hit)])
 
 # %% [markdown]
 # The worst case counts an image as lost if any attack flips it: CAPT keeps {glue:text}`worst-CAPT:.0f`, APT
-# {glue:text}`worst-APT:.0f`, TRADES {glue:text}`worst-TRADES:.0f`, the linear head {glue:text}`worst-PAFT:.0f`, hand-written prompts {glue:text}`worst-HEP:.0f` percent. What a profile's AutoAttack leaves is
-# an upper bound; the caption says how short it is.
+# {glue:text}`worst-APT:.0f`, TRADES {glue:text}`worst-TRADES:.0f`, the linear head {glue:text}`worst-PAFT:.0f`, hand-written prompts {glue:text}`worst-HEP:.0f` percent.
 #
-# Where *softened* does less than PGD, cross-entropy was not saturated to begin with: a bundled tower's scale is far below that of
+# What a profile's AutoAttack leaves is an upper bound; the caption says how short it is. With a few steps it can leave an image or two more than PGD or CW, and the check
+# lets that pass, because it asks for an excess beyond the paired interval.
+#
+# Compare CW with PGD in each row. Where CW leaves clearly less, cross-entropy was the weaker objective, and the accuracies under PGD
+# above are too high for that method.
+#
+# Where *softened* does less than PGD, saturation was not what held PGD back: a bundled tower's scale is far below that of
 # OpenAI's CLIP, on which the check belongs to every evaluation.
 #
 # ## Ablation: the weight, the frozen model, the towers
@@ -532,7 +541,8 @@ book.show(plots.convergence(trust, quantity="mean α of the batch", steps="tunin
 # correctness, and so can trust a model that is surely wrong.
 #
 # Rows of one seed and few images separate large effects only. The frozen model before TeCoA gives {glue:text}`teacher-clean:.0f` percent
-# clean and {glue:text}`teacher-robust:.0f` attacked, A1 with the robust one {glue:text}`a1-clean:.0f` and {glue:text}`a1-robust:.0f`.
+# clean and {glue:text}`teacher-robust:.0f` attacked, A1 with the robust one {glue:text}`a1-clean:.0f` and {glue:text}`a1-robust:.0f`. Which
+# of the two the authors mean, the sources do not say, and the verdict on clean accuracy hangs on it.
 #
 # Two comparisons are worth more
 # than the rest. Against the best *constant*, an adaptive weight has to earn its name: the own answer alone gives
@@ -555,8 +565,8 @@ book.show(plots.cost_scatter(points, cost="seconds per tuning step"), "cost",
 # A step costs the attack and two passes. The text is encoded once a step, and the frozen model's answers are computed once
 # for the whole tuning; `benchmarks/prompt_step.py` measures what that saves against computing everything where it is used.
 #
-# At test time the cost is a few tokens. When not to use it: when the tower itself is not robust, since tokens can move
-# decisions but not repair features; when a run cannot be repeated over seeds; or when the frozen model is poor on your task
+# At test time the cost is a few tokens. When not to use it: when the tower itself is not robust, which this page did not try and
+# [chapter 6](06_cba_fapt.py) does; when a run cannot be repeated over seeds; or when the frozen model is poor on your task
 # and there are shots enough to trust the tuned one.
 #
 # (verdict-capt)=
@@ -628,7 +638,8 @@ exercises.check_trust(trust, frozen.cpu(), tuned_logits.cpu(), y.cpu())
 # - Give every rival a learning rate of its own before you rank methods: the winning factors of one chapter lie far apart.
 # - The adaptive weight began at {glue:text}`alpha-start:.2f` and ended at {glue:text}`alpha-end:.2f`. Under the default
 #   reading it cannot exceed one half once the shots are learned.
-# - The formula of the weight, λ and the backbone are not public. Each stands here as a switch; the ledger says whose effect was measured.
+# - We read CAPT without its full text: formula of the weight, λ and backbone are our readings. If you have the paper, compare them
+#   first; each stands here as a switch, and the ledger says whose effect was measured.
 # - Prompts inherit the tower: compare every row with hand-written prompts, which have its robustness before a token is learned.
 # - Means over seeds without a count of collapsed runs say little in few-shot tuning.
 #

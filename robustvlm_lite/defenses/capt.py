@@ -3,7 +3,7 @@
     L = CE(p_tr(x), y) + lambda [ (1 - alpha) KL(p_tr(x) || p_tr(x_adv)) + alpha KL(p_fz(x) || p_tr(x_adv)) ]
 
 p_tr is the prompted model, p_fz the frozen one with hand-written templates; what it says of clean images is computed once.
-No code and no full text are public: the weight alpha is described, its formula is not. `Choices` names every reading.
+No code was found, and not its full text: our sources describe the weight alpha without its formula. `Choices` names every reading.
 """
 
 from collections.abc import Callable, Sequence
