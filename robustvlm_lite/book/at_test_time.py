@@ -17,6 +17,8 @@ from .markup import Html, table
 from .measure import measure_images, measure_maps
 from .spread import spread
 
+TEXTS = 8000  # prompts in memory at once, with what their gradient needs
+
 
 def craft(run, attack: Attack, surface: nn.Module, data: ImageSet, eps_255: float, name: str = "", batch: int = 32) -> Tensor:
     """Attacked images [N, 3, S, S] of all of `data`, audited, on the 8-bit grid and inside the budget; on the CPU.
@@ -43,12 +45,15 @@ def measure_shown(
 ) -> tuple[list[Row], dict[str, float]]:
     """(rows, seconds an image of the first set) of every model on images that were made elsewhere; rows go into the card.
 
-    shown: attack -> images [N, 3, S, S] of `data`; "none" are the clean ones.
+    shown: attack -> images [N, 3, S, S] of `data`; "none" are the clean ones. As many images are asked at once as keep to
+    TEXTS prompts, since each has a prompt of its own for every class.
     """
+    batch = max(1, min(128, TEXTS // len(data.class_names)))
 
     def asked(method: str, attack: str) -> tuple[Row, float]:
         began = time.perf_counter()
-        row = measure_images(run, method, models[method], data, shown[attack], attack, 0.0 if attack == "none" else eps_255)
+        eps = 0.0 if attack == "none" else eps_255
+        row = measure_images(run, method, models[method], data, shown[attack], attack, eps, batch=batch)
         return row, (time.perf_counter() - began) / len(data)
 
     found = spread(run, [partial(asked, *pair) for pair in product(models, shown)], f"verdicts on {data.name}")

@@ -61,11 +61,11 @@ def at_test_time(
     of a tuned prompt a slope. The attacker's copy carries nothing from image to image.
     """
     recipe = defenses.TEST_TIME[method]
-    whole = recipe and recipe.fewer(n_views)
+    whole = recipe and _fewer(recipe, n_views)
     model = defenses.build_test_time(method, clip, whole).classifier(data.class_names, PLAIN)
     target, tower = model, clip.classifier(data.class_names, PLAIN).fast()
     if isinstance(whole, Recipe):
-        forgets = replace(whole.fewer(few), quirk_leak=False)
+        forgets = replace(_fewer(whole, few), quirk_leak=False)
         target = defenses.build_test_time(method, clip, forgets).classifier(data.class_names, PLAIN).fast()
     ways = {f"{spec} on its tower": (attacks.get_attack(spec), tower) for spec in specs}
     ways["long"] = (attacks.expectation(long_steps), target)
@@ -74,6 +74,12 @@ def at_test_time(
     if "step" in short and isinstance(recipe, Recipe) and recipe.loss:
         ways["step"] = (attacks.expectation(short_steps), target.smooth())
     return Candidate(name, kind, model, ways)
+
+
+def _fewer(recipe: Recipe, n_views: int) -> Recipe:
+    """A recipe of so many views, of which at least two are chosen where any are: a view alone would tune on itself."""
+    small = recipe.fewer(n_views)
+    return replace(small, chosen=max(2, small.chosen)) if recipe.loss else small
 
 
 def fresh(model: nn.Module) -> nn.Module:
