@@ -27,6 +27,7 @@ SHORT = {"steps": 20, "batch": 8, "rate": 10.0}
 def toy_run(clip, tmp_path, parameters=None, **sizes):
     sizes = {"shots": 2, "seeds": [1, 2], "backbone": "none"} | sizes
     run = {"parameters": {"eps_255": 1.0} | (parameters or {}), "seed": 0, "out": tmp_path, "load_clip": lambda: clip}
+    run |= {"device": torch.device("cpu")}
     run |= {"card": Card("05_capt", "tiny", 0, {"eps_255": 1.0}, device="cpu"), "store": Store(tmp_path / "cells")}
     return SimpleNamespace(sizes=SimpleNamespace(**sizes), **run)
 
