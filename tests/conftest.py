@@ -21,6 +21,12 @@ def one_thread():
 
 
 @pytest.fixture(scope="session")
+def few() -> dict[str, int]:
+    """Parameters of a chapter as a reader in a hurry would set them: what every page runs with in a test."""
+    return {"n": 8, "steps": 2, "views": 4}
+
+
+@pytest.fixture(scope="session")
 def random_clip():
     """The nano shapes with random weights. Shared: copy it before changing it."""
     from robustvlm_lite.clip import random_clip

@@ -11,7 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ..runtime import UserError
 

@@ -1,6 +1,6 @@
 """Every notebook runs, cell by cell under nbval, on the few images and steps that a reader in a hurry would ask for.
 
-The book executes the same chapters at the whole size of `tiny` when it is built (tests/book).
+At the whole size of `tiny` they are executed by `make book`, in the workflow that publishes, and for every committed card.
 """
 
 import subprocess
@@ -15,12 +15,11 @@ from papermill.parameterize import parameterize_notebook
 from robustvlm_lite.runtime import chapters
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
-FEW = {"n": 8, "steps": 2, "views": 4}
 
 
 @pytest.mark.parametrize("chapter", chapters())
-def test_a_chapter_runs_on_few_images(chapter, tmp_path):
-    asked = {name: FEW[name] for name in chapters()[chapter]["parameters"] if name in FEW}
+def test_a_chapter_runs_on_few_images(chapter, few, tmp_path):
+    asked = {name: few[name] for name in chapters()[chapter]["parameters"] if name in few}
     copy = tmp_path / f"{chapter}.ipynb"
     nbformat.write(parameterize_notebook(load_notebook_node(str(NOTEBOOKS / copy.name)), asked), copy)
     options = ["--nbval-lax", "--nbval-current-env", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "-o", "addopts="]
