@@ -1,4 +1,4 @@
-"""Work on all cores at once: torch's second thread brings models of this size nothing, a second process twice the speed."""
+"""Work on all cores at once, one process each with one thread: small models leave torch's threads waiting for each other."""
 
 import multiprocessing
 import os

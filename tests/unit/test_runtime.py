@@ -102,3 +102,23 @@ def test_versions_are_those_installed():
     assert versions["torch"] == metadata.version("torch") and versions["robustvlm_lite"] == metadata.version(
         "robustvlm_lite"
     )
+
+
+def test_git_commit_of_a_clean_dirty_and_missing_checkout(tmp_path, monkeypatch):
+    monkeypatch.setattr(runtime, "PACKAGE", tmp_path / "robustvlm_lite")
+    assert runtime.git_commit() == ("", False)
+
+    def git(*args):
+        identity = ("-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false")
+        return subprocess.run(
+            ["git", "-C", tmp_path, *identity, *args], check=True, capture_output=True, text=True
+        ).stdout
+
+    git("init", "-q")
+    assert runtime.git_commit() == ("", False), "a checkout without a commit"
+    (tmp_path / "f").write_text("1")
+    git("add", "f")
+    git("commit", "-qm", "first")
+    assert runtime.git_commit() == (git("rev-parse", "HEAD").strip(), False)
+    (tmp_path / "f").write_text("2")
+    assert runtime.git_commit()[1]
