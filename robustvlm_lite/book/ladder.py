@@ -14,7 +14,7 @@ from ..defenses import build_test_time
 from ..defenses.recipe import Recipe
 from ..records import Row
 from ..stats import wilson
-from .at_test_time import always_right, craft, measure_shown
+from .at_test_time import always_right, craft, measure_shown, without_state
 from .markup import Html, table
 from .spread import spread
 from .tables import accuracy_table
@@ -23,11 +23,11 @@ TOGETHER = ("worst of all", "clean, as many draws")
 
 
 class Fresh(nn.Module):
-    """A random defense whose verdict on one attack has draws of its own: k attacks meet k draws, as k questions would."""
+    """A random defense, without state, whose verdict on one attack has draws of its own: k attacks meet k draws, as k questions would."""
 
     def __init__(self, model: nn.Module, attack: str):
         super().__init__()
-        self.model, self.attack = model, attack
+        self.model, self.attack = without_state(model), attack
 
     def keyed(self, keys: Sequence[tuple]) -> nn.Module:
         return self.model.keyed([(*key, self.attack) for key in keys])
@@ -78,7 +78,7 @@ def climb(
     run.card.add(rows)
     worst = {name: evaluate.worst_case([r for r in rows if r.method == name]) for name in shown}
     run.card.add(worst.values())
-    controls = [partial(always_right, run, models[name].keyed, data, len(rungs)) for name, rungs in shown.items()]
+    controls = [partial(always_right, run, models[name], data, len(rungs)) for name, rungs in shown.items()]
     shares = [right.float().mean().item() for right in spread(run, controls, "clean images, as many draws")]
     return rows, worst, dict(zip(shown, shares, strict=True))
 

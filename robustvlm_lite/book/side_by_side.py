@@ -19,7 +19,7 @@ from ..data import ImageSet
 from ..defenses import Defense, Recipe
 from ..records import Row, column
 from ..stats import bootstrap_mean, paired_shares
-from .at_test_time import always_right, craft
+from .at_test_time import always_right, craft, without_state
 from .markup import Html, table
 from .measure import measure_images
 from .memory import peak_bytes
@@ -82,12 +82,6 @@ def _fewer(recipe: Recipe, n_views: int) -> Recipe:
     return replace(small, chosen=max(2, small.chosen)) if recipe.loss else small
 
 
-def fresh(model: nn.Module) -> nn.Module:
-    """The same classifier without what the images before left in it, as released A-TPT keeps it; any other as it is."""
-    recipe = getattr(model, "recipe", None)
-    return model.fewer(recipe.n_views) if recipe is not None and recipe.quirk_leak else model
-
-
 def crafted(run, attack: Attack, surface: nn.Module, data: ImageSet, eps_255: float, name: str, batch: int = 16) -> Tensor:
     """As `craft`: attacked images [N, 3, S, S] on the 8-bit grid; those of an interrupted run are found again in its folder."""
     key = repr((run.seed, data.sha256, eps_255, name, attack.params, attack.n_steps, evaluate.weights_sha256(surface)))
@@ -118,7 +112,7 @@ def besieged(run, candidate: Candidate, data: ImageSet, shared: Mapping[str, Ten
     """
 
     def judged(images: Tensor, attack: str, eps: float) -> Row:
-        return measure_images(run, candidate.name, fresh(candidate.model), data, images, attack, eps)
+        return measure_images(run, candidate.name, without_state(candidate.model), data, images, attack, eps)
 
     shown = dict(shared)
     for way in candidate.ways:
@@ -165,7 +159,7 @@ def chance_alone(run, candidate: Candidate, data: ImageSet, rows: Sequence[Row],
     """(a line of a table, worst case - control, paired) of a random model: the control asks clean images as often, draws anew,
     and counts an image that is right in each draw."""
     asked = len(rows) - 1  # the unchanged row is the clean one again
-    right = always_right(run, lambda keys: fresh(candidate.model).keyed(keys), data, asked).numpy()
+    right = always_right(run, candidate.model, data, asked).numpy()
     diff = paired_shares(column(worst.records.sort_by("index"), "correct"), right)
     shares = {"clean, one draw": rows[0].value, "clean, right in all": right.mean().item(), "worst case": worst.value}
     line = {"method": candidate.name, "draws": asked} | {head: 100 * share for head, share in shares.items()}
@@ -203,7 +197,7 @@ def prices(run, candidates: Sequence[Candidate], data: ImageSet, *, rounds: int 
                     torch.cuda.synchronize()
                 seconds[name].append((time.perf_counter() - began) / n)
         for c in candidates:
-            model = fresh(c.model)  # class texts are kept from its first call on
+            model = without_state(c.model)  # class texts are kept from its first call on
             alone = evaluate.for_images(model, data, range(1), run.seed)
             alone(x[:1])
             before = _passes(model)

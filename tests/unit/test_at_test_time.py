@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from robustvlm_lite import attacks, book, data
+from robustvlm_lite.book import spread
 from robustvlm_lite.cards import Card
 from robustvlm_lite.data import ImageSet
 from robustvlm_lite.defenses.keyed import Keyed
@@ -26,6 +27,21 @@ class Shaky(Keyed):
         self.passes.image_forwards += 7 * len(x)
         drawn = [torch.randn(x.shape[1:], generator=g) for g in self.generators(len(x))]
         return (x + self.noise * torch.stack(drawn)).flatten(1) @ self.w.T
+
+
+class Stained(Shaky):
+    """Answers lean further to the first class with every question before, as state that leaks from image to image would have it."""
+
+    def __init__(self):
+        super().__init__(0.0)
+        self.recipe, self.asked = SimpleNamespace(quirk_leak=True, n_views=1), []  # the list is shared by keyed copies
+
+    def fewer(self, n_views):
+        return Stained()
+
+    def forward(self, x):
+        self.asked.append(len(x))
+        return super().forward(x) + torch.tensor([100.0 * (len(self.asked) - 1), 0, 0])
 
 
 @pytest.fixture
@@ -69,10 +85,21 @@ def test_everyone_is_shown_the_same_images(run, images):
 def test_always_right_asks_again_and_again(run, images):
     steady = Shaky(0.0)
     once = (steady(images.pixels()).argmax(1) == images.labels).float().mean().item()
-    assert book.always_right(run, steady.keyed, images, 5).float().mean() == pytest.approx(once)
+    assert book.always_right(run, steady, images, 5).float().mean() == pytest.approx(once)
     shaky = Shaky(1.0)
-    shares = [book.always_right(run, shaky.keyed, images, draws).float().mean().item() for draws in (1, 3, 40)]
+    shares = [book.always_right(run, shaky, images, draws).float().mean().item() for draws in (1, 3, 40)]
     assert shares == sorted(shares, reverse=True) and shares[-1] < max(shares[0], once + 1e-9)
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_every_question_begins_without_state_in_one_process_as_in_two(run, images, monkeypatch, cores):
+    monkeypatch.setattr(spread, "processes", lambda run, n_jobs: cores)
+    shown = {"none": images.pixels(), "pgd-1": images.pixels(), "pgd-2": images.pixels()}
+    rows, _ = book.measure_shown(run, {"stained": Stained()}, images, shown, 1.0)
+    clean = Stained()(images.pixels()).argmax(1).tolist()
+    assert [r.records["prediction"].to_pylist() for r in rows] == [clean] * 3
+    once = book.always_right(run, Stained(), images, 1)
+    assert torch.equal(book.always_right(run, Stained(), images, 3), once) and not once.all() and once.any()
 
 
 def test_passes_are_counted_for_one_image(run, images):

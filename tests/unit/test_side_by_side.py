@@ -12,6 +12,7 @@ from torch import nn
 from robustvlm_lite import attacks, data, defenses, evaluate
 from robustvlm_lite.book import craft
 from robustvlm_lite.book import side_by_side as side
+from robustvlm_lite.book.at_test_time import without_state
 from robustvlm_lite.book.memory import peak_bytes
 from robustvlm_lite.cards import Card
 from robustvlm_lite.clip import load_clip
@@ -155,13 +156,13 @@ def test_nothing_is_carried_into_a_measurement_or_an_attack(clip, photos):
     c = side.at_test_time("A-TPT (released)", "", clip, "A-TPT (released)", photos, **SMALL)
     assert c.model.recipe.quirk_leak and not c.ways["long"][1].recipe.quirk_leak
     with torch.no_grad():
-        first = evaluate.for_images(side.fresh(c.model), photos, range(4), 0)(photos.pixels())
-        again = evaluate.for_images(side.fresh(c.model), photos, range(4), 0)(photos.pixels())
+        first = evaluate.for_images(without_state(c.model), photos, range(4), 0)(photos.pixels())
+        again = evaluate.for_images(without_state(c.model), photos, range(4), 0)(photos.pixels())
         torch.testing.assert_close(first, again, atol=0, rtol=0)
         evaluate.for_images(c.model, photos, range(4), 0)(photos.pixels().flip(0))
-        assert len(c.model._left) and not side.fresh(c.model)._left
+        assert len(c.model._left) and not without_state(c.model)._left
     plain = side.static("CLIP", "", defenses.Defense(clip), photos, []).model
-    assert side.fresh(plain) is plain
+    assert without_state(plain) is plain
 
 
 def test_crafted_images_are_found_again_and_only_for_the_same_question(clip, photos, run):
