@@ -511,6 +511,8 @@ book.sanity_table([sanity.attack_order(hit)])
 # Now the open choices, one at a time, on the first seed: every reading of α, the frozen model replaced by CLIP before TeCoA,
 # and prompts in one tower. The constants 0 and 1 are TRADES' target and distillation, at CAPT's λ and training attack; they
 # and the prompts in one tower have learning rates of their own.
+#
+# λ, the direction of KL, the training attack, prompts elsewhere and other budgets of tuning stand in [appendix 11](11_prompt_choices.py).
 
 # %%
 shots = scenario.train(main)

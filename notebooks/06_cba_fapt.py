@@ -594,6 +594,8 @@ columns = {f"{part}, {metric.split('_')[0]}": {"dataset": test_set.name, "metric
 book.accuracy_table(ablation, columns=columns, caption=f"{test.name}, seed {main}: one choice changed at a time; the rates are those of the table of factors.")
 
 # %% [markdown]
+# Weights of the maps, the norms N2 to N5 and the forms of FAP stand in [appendix 11](11_prompt_choices.py).
+#
 # The first row lacks the natural loss. The next two are the base and the whole; between them lies all that the maps can claim. The rows of single terms say
 # which of the two maps, if any, it came from, and *FAP's loss* puts the maps where the method's name says that they are.
 #

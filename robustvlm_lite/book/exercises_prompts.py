@@ -127,3 +127,27 @@ def check_flatter(fn: Callable[[Tensor, Tensor], Tensor]) -> None:
     assert torch.allclose(small, got, rtol=0.05), f"A hundredth of both maps changes your distance {told}: flat maps would satisfy it."
     assert (_call(fn, a, -a) > _call(fn, a, b)).all(), "Evidence that turns its sign must count as a large change."
     print("✓ a distance that flat maps cannot satisfy")
+
+
+def check_paired_over_seeds(fn: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """`fn(a, b)` is [2], the mean difference and its standard error over images, of verdicts [S, N] under S tunings."""
+    g = generator("exercise", "paired over seeds")
+    hard = torch.rand(1, 60, generator=g)  # an image is hard for everybody: its verdicts under several tunings go together
+    a, b = (torch.rand(3, 60, generator=g) < (0.2 + 0.6 * hard + shift) for shift in (0.15, 0.0))
+    d = a.double().mean(0) - b.double().mean(0)
+    want = (d.mean(), (d - d.mean()).square().sum().div(59).sqrt() / 60**0.5)
+    got = _call(fn, a.clone(), b.clone())
+    _require_shape(got, (2,), "two numbers, the difference and its standard error")
+    value, error = got.tolist()
+    assert abs(value - want[0]) < 1e-4, f"Expected a difference of {want[0]:.4f}, got {value:.4f}: a minus b, over all verdicts."
+    each = a.double() - b.double()
+    apart = sum((side.double().mean(0).var() / 60 for side in (a, b)), torch.zeros(())).sqrt()
+    wrong = {
+        "You counted each tuning's verdict as an image of its own; average over the seeds first.": each.std() / each.numel() ** 0.5,
+        "That is the spread of one image's difference; the mean of N images has it divided by the root of N.": want[1] * 60**0.5,
+        "You took the two methods for independent; they answered the same images, so take the difference first.": apart,
+    }
+    for hint, mistake in wrong.items():
+        assert abs(error - float(mistake)) > 1e-4, hint
+    assert abs(error - want[1]) < 2e-3, f"Expected a standard error of {want[1]:.4f}, got {error:.4f}."
+    print("✓ seeds averaged, then images taken as the sample: three answers to one image are not three images")

@@ -7,6 +7,8 @@ import statistics
 PAPER_CHAPTERS = ("04_tga_zsr", "05_capt", "06_cba_fapt", "07_a_tpt", "08_prsl")
 FOUNDATIONS = ("01_clip", "02_attacks", "03_sound_evaluation", "09_side_by_side", "10_small_clip")
 PAPER_BUDGET = {"code cells": (20, 26), "words": (2500, 4500), "figures": (6, 9)}
+LOOK_UP = ("11_prompt_choices",)  # tables to look things up in, with what they need to be read
+LOOK_UP_BUDGET = {"code cells": (10, 30), "words": (800, 2500), "figures": (4, 9)}
 # A foundations chapter builds from small functions, each with its check: more cells, fewer words.
 FOUNDATIONS_BUDGET = {"code cells": (20, 48), "words": (2000, 4000), "figures": (5, 9)}
 MEDIAN_LINES, P90_LINES, MAX_LINES = 8, 20, 40

@@ -193,6 +193,26 @@ TORCHVISION = {
 }
 
 
+def coop_pets(root, change=lambda split: split):
+    """The folder of coop/oxford_pets with two images a class and a split; `change` may spoil the list."""
+    base = root / "full/oxford_pets"
+    rows = []
+    for c, key in enumerate(("abyssinian", "american_bulldog", "bengal")):
+        for i in (1, 2):
+            put(base / f"oxford-iiit-pet/images/{key}_{i}.jpg", flat(LEVELS[c]))
+            rows.append([f"{key}_{i}.jpg", c, key])
+    put(base / "split_zhou_OxfordPets.json", json.dumps(change({"train": rows, "val": rows, "test": rows[::-1]})))
+    return base
+
+
+def coop_eurosat(root: Path) -> None:
+    keys, rows = ("AnnualCrop", "River", "SeaLake"), []
+    class_folders(root / "full/eurosat/eurosat/2750", keys)
+    for c, key in enumerate(keys):
+        rows += [[f"{key}/{i}.jpg", c, key] for i in (1, 2)]
+    put(root / "full/eurosat/split_zhou_EuroSAT.json", json.dumps({"train": rows, "val": rows, "test": rows}))
+
+
 def shrink(monkeypatch, name: str, keys=None, n: int = 6, classes: int = 3) -> None:
     """Tell the registry that the set behind the use `name` has n images a split and these classes only."""
     group, short = name.split("/")

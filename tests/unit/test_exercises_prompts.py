@@ -30,7 +30,17 @@ def by_length(a, b):
     return (unit(a) - unit(b)).norm(dim=1)
 
 
+def seeds_first(a, b):
+    d = (a.double() - b.double()).mean(0)
+    return torch.stack([d.mean(), d.std() / len(d) ** 0.5])
+
+
+def with_error(a, b, error):
+    return torch.stack([(a.double() - b.double()).mean(), error])
+
+
 RIGHT = {
+    "paired over seeds": (exercises.check_paired_over_seeds, seeds_first),
     "divergence": (exercises.check_divergence, lambda p, q: kl(p, q, reduction="none").sum(1)),
     "reliability": (exercises.check_reliability, lambda f, t: torch.sigmoid(t - f)),
     "signed split": (exercises.check_signed_split, split),
@@ -38,6 +48,15 @@ RIGHT = {
     "flatter": (exercises.check_flatter, by_length),
 }
 WRONG = {
+    "two numbers": ("paired over seeds", lambda a, b: seeds_first(a, b)[0]),
+    "a minus b": ("paired over seeds", lambda a, b: seeds_first(b, a)),
+    "as an image of its own": ("paired over seeds", lambda a, b: with_error(a, b, (a.double() - b.double()).std() / a.numel() ** 0.5)),
+    "divided by the root of N": ("paired over seeds", lambda a, b: with_error(a, b, (a.double() - b.double()).mean(0).std())),
+    "for independent": (
+        "paired over seeds",
+        lambda a, b: with_error(a, b, ((a.double().mean(0).var() + b.double().mean(0).var()) / a.shape[1]).sqrt()),
+    ),
+    "Expected a standard error": ("paired over seeds", lambda a, b: with_error(a, b, 2 * seeds_first(a, b)[1])),
     "keep \\[B\\]": ("divergence", lambda p, q: kl(p, q, reduction="batchmean")),
     "The other way round": ("divergence", lambda p, q: kl(q, p, reduction="none").sum(1)),
     "average over classes": ("divergence", lambda p, q: kl(p, q, reduction="none").mean(1)),

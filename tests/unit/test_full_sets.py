@@ -8,7 +8,7 @@ import pytest
 import small_sets
 import torch
 from PIL import Image
-from small_sets import LEVELS, TORCHVISION, flat, put, shrink, write_parquet
+from small_sets import LEVELS, TORCHVISION, coop_pets, flat, put, shrink, write_parquet
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import center_crop, resize
 
@@ -124,18 +124,6 @@ def test_a_broken_list_of_annotations_names_its_row(tmp_path, monkeypatch):
 
 
 # ---- CoOp's split files
-
-
-def coop_pets(root, change=lambda split: split):
-    """The folder of coop/oxford_pets with two images a class and a split; `change` may spoil the list."""
-    base = root / "full/oxford_pets"
-    rows = []
-    for c, key in enumerate(("abyssinian", "american_bulldog", "bengal")):
-        for i in (1, 2):
-            put(base / f"oxford-iiit-pet/images/{key}_{i}.jpg", flat(LEVELS[c]))
-            rows.append([f"{key}_{i}.jpg", c, key])
-    put(base / "split_zhou_OxfordPets.json", json.dumps(change({"train": rows, "val": rows, "test": rows[::-1]})))
-    return base
 
 
 def test_split_files(tmp_path, monkeypatch):
