@@ -407,7 +407,7 @@ for title, part in beyond.items():
     seeds = sizes.seeds if "base" in part.tests else sizes.seeds[:1]
     found = wider.tune_and_measure(run, carrier, part, sizes.general, seeds, pgd, eps_255)
     parts = f"n = {' and '.join(str(len(t)) for t in part.tests.values())}"
-    display(wider.parts_table(found, caption=f"{title}, {sizes.shots} shots, {parts}; {pgd.name} at ε = {eps_255:g}/255."))
+    display(book.scenario_table(found, caption=f"{title}, {sizes.shots} shots, {parts}; {pgd.name} at ε = {eps_255:g}/255."))
 if sizes.fewer:
     others = wider.other_sets(pools, tests, [sizes.shots, *sizes.fewer])
     more = {title: wider.tune_and_measure(run, carrier, part, sizes.general, sizes.seeds[:1], pgd, eps_255) for title, part in others.items()}

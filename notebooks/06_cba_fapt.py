@@ -463,7 +463,7 @@ for (name, size), (held, k) in zip(sizes.train[1:], sizes.tests[1:], strict=True
 beyond |= {f"{test.name}, base to new, {k} shots": wider.with_shots(fewshot.base_to_new(pool, test, k), k) for k in sizes.fewer}
 for title, part in beyond.items():
     found = wider.tune_and_measure(run, carrier, part, FAR, [main], pgd, eps_255)
-    display(wider.parts_table(found, caption=f"{title}; one seed, {pgd.name} at ε = {eps_255:g}/255, n = {' and '.join(str(len(t)) for t in part.tests.values())}."))
+    display(book.scenario_table(found, caption=f"{title}; one seed, {pgd.name} at ε = {eps_255:g}/255, n = {' and '.join(str(len(t)) for t in part.tests.values())}."))
 
 # %%
 grid = [(pgd, ThreatModel(eps)) for eps in sizes.eps_grid]

@@ -491,7 +491,7 @@ book.glue("front", side.listed(best))
 # The control asks another question: what would somebody win who changes nothing and asks as often, with a fresh draw each time?
 
 # %%
-chances = {m: side.chance_alone(run, c, task, rows[m], worst[m]) for m, c in everyone.items() if hasattr(c.model, "keyed")}
+chances = side.chances_alone(run, list(everyone.values()), task, rows, worst)
 heads = ("clean, one draw", "clean, right in all", "worst case")
 by_chance = [m for m, (_, diff) in chances.items() if diff[2] >= 0]
 book.glue("at-control", side.listed([m for m, (_, diff) in chances.items() if diff[0] >= 0]))

@@ -166,6 +166,15 @@ def chance_alone(run, candidate: Candidate, data: ImageSet, rows: Sequence[Row],
     return line | {"worst case less that": points(diff)}, diff
 
 
+def chances_alone(
+    run, candidates: Sequence[Candidate], data: ImageSet, rows: Mapping[str, Sequence[Row]], worst: Mapping[str, Row]
+) -> dict[str, tuple[dict, tuple[float, float, float]]]:
+    """`chance_alone` of each random model among the candidates by its name, on all cores at once."""
+    asked = [c for c in candidates if hasattr(c.model, "keyed")]
+    found = spread(run, [partial(chance_alone, run, c, data, rows[c.name], worst[c.name]) for c in asked], "chance alone")
+    return {c.name: pair for c, pair in zip(asked, found, strict=True)}
+
+
 # ---- the price of an answer
 
 

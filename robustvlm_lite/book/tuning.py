@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 
 import numpy as np
@@ -35,12 +35,15 @@ def factor(run, name: str) -> float:
 
 
 def plan(run, name: str, train: ImageSet) -> PromptTraining:
-    """The paper's training of a method, or the profile's short one: its steps and batch, its factor on the paper's rate."""
-    style, short = defenses.PROMPT_METHODS[name].style, getattr(run.sizes, "tuning", None)
+    """The paper's training of a method, or the profile's short one: its steps and batch, its factor on the paper's rate.
+
+    The run's parameter steps takes the place of either's; a tenth of the steps is then an epoch of the schedule.
+    """
+    style, short, steps = defenses.PROMPT_METHODS[name].style, getattr(run.sizes, "tuning", None), run.parameters.get("steps", 0)
     if not short:
-        return style.training(train, run.sizes.shots)
-    steps = run.parameters.get("steps", 0) or short["steps"]
-    return style.short(train, **short | {"steps": steps, "rate": factor(run, name)})
+        whole = style.training(train, run.sizes.shots)
+        return replace(whole, steps=steps, epoch=max(steps // 10, 1)) if steps else whole
+    return style.short(train, **short | {"steps": steps or short["steps"], "rate": factor(run, name)})
 
 
 def factors_table(run, methods: Sequence[str]) -> Html:
@@ -152,16 +155,19 @@ def paired_over_seeds(rows: Sequence[Row], method: str, reference: str, metric: 
 def scenario_table(summaries: Sequence[Summary], *, caption: str) -> Html:
     """Methods down; natural and robust accuracy of every part in percent, mean ± sd over seeds, and collapsed runs.
 
-    With two parts or more the harmonic mean of all of them (H4 for base and new) stands beside.
+    With two parts or more the harmonic mean of all of them (H4 for base and new) stands beside. More than two parts do not
+    fit with two columns each: then one holds natural / robust.
     """
-    lines = []
+    lines, wide = [], len(summaries[0].natural) > 2
     for s in summaries:
         line = {"method": s.method}
         for part in s.natural:
-            line |= {f"{part}, natural": _spread(s.natural[part]), f"{part}, robust": _spread(s.robust[part])}
+            natural, robust = _spread(s.natural[part]), _spread(s.robust[part])
+            line |= {part: f"{natural} / {robust}"} if wide else {f"{part}, natural": natural, f"{part}, robust": robust}
         line |= {"harmonic mean": _spread(s.h4)} if len(s.natural) > 1 else {}
         lines.append(line | {"collapsed": f"{s.collapsed} of {s.seeds}"})
-    return table(lines, caption=f"{caption} Percent, mean ± standard deviation over seeds.", card_link=True)
+    told = "Natural / robust accuracy, percent" if wide else "Percent"
+    return table(lines, caption=f"{caption} {told}, mean ± standard deviation over seeds.", card_link=True)
 
 
 def _spread(value: tuple[float, float]) -> str:

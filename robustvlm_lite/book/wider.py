@@ -9,7 +9,7 @@ from ..data import ImageSet
 from ..fewshot import Scenario, Summary, in_distribution, summarize
 from ..records import Row
 from .markup import Html, table
-from .tuning import _spread, marked, measure_scenario, scenario_table, tune_scenario
+from .tuning import _spread, marked, measure_scenario, tune_scenario
 
 
 def measured(run, scenario: Scenario, models: Mapping[int, Sequence], attack: Attack, eps_255: float) -> tuple[list[Row], list[Summary]]:
@@ -40,17 +40,6 @@ def other_sets(pools: Sequence[ImageSet], tests: Sequence[ImageSet], shots: Sequ
             scenario = in_distribution(pool, test, k)
             found[f"{test.name}, {k} shots"] = scenario if k == shots[0] else with_shots(scenario, k)
     return dict(list(found.items())[1:])
-
-
-def parts_table(summaries: Sequence[Summary], *, caption: str) -> Html:
-    """`scenario_table`, or where a scenario has more parts than fit side by side, one column a part: natural / robust accuracy."""
-    if len(summaries[0].natural) <= 2:
-        return scenario_table(summaries, caption=caption)
-    lines = []
-    for s in summaries:
-        cells = {part: f"{_spread(s.natural[part])} / {_spread(s.robust[part])}" for part in s.natural}
-        lines.append({"method": s.method} | cells | {"harmonic mean": _spread(s.h4), "collapsed": f"{s.collapsed} of {s.seeds}"})
-    return table(lines, caption=f"{caption} Natural / robust accuracy, percent.", card_link=True)
 
 
 def sets_table(found: Mapping[str, Sequence[Summary]], *, caption: str) -> Html:

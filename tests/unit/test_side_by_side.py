@@ -1,6 +1,7 @@
 """The comparison of chapter 09: prices and orders against what can be counted by hand, attacks against their own budget."""
 
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -150,6 +151,18 @@ def test_children_meet_all_that_their_parents_meet(clip, photos):
     with torch.no_grad():
         behind = child.ways["pgd-2 on its tower"][1](photos.pixels()).float()
         torch.testing.assert_close(behind, tower.clip.classifier(photos.class_names, side.PLAIN)(photos.pixels()), atol=0.3, rtol=0.05)
+
+
+def test_chance_is_asked_of_random_models_alone_and_by_the_name_of_each(clip, photos, run):
+    random, sure = (side.at_test_time(m, "", clip, m, photos, **SMALL) for m in ("R-TPT", "View ensemble"))
+    fixed = side.static("CLIP", "", defenses.Defense(clip), photos, [])
+    asked = {c.name: partial(side.measure_images, run, c.name, c.model, photos, photos.pixels()) for c in (random, sure)}
+    rows = {name: [ask("none", 0.0), ask("pgd-1", 0.0)] for name, ask in asked.items()}
+    worst = {name: of[0] for name, of in rows.items()}
+    found = side.chances_alone(run, [random, fixed, sure], photos, rows, worst)
+    assert list(found) == ["R-TPT", "View ensemble"] and all(line["method"] == name for name, (line, _) in found.items())
+    alone = side.chance_alone(run, random, photos, rows["R-TPT"], worst["R-TPT"])
+    assert found["R-TPT"] == alone
 
 
 def test_nothing_is_carried_into_a_measurement_or_an_attack(clip, photos):

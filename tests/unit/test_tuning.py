@@ -44,6 +44,8 @@ def test_a_profile_shortens_the_papers_training_or_keeps_it(clip, tmp_path):
     assert tuning.plan(toy_run(clip, tmp_path, {"steps": 3}, tuning=SHORT), "CAPT", data).steps == 3
     whole = tuning.plan(toy_run(clip, tmp_path), "CAPT", data)
     assert whole == paper.training(data, 2) and whole.augment and whole.steps == 100
+    asked = tuning.plan(toy_run(clip, tmp_path, {"steps": 30}), "CAPT", data)
+    assert (asked.steps, asked.epoch, asked.lr, asked.augment) == (30, 3, paper.lr, True), "the paper's training, cut"
     assert tuning.plan(toy_run(clip, tmp_path, tuning=SHORT), "FAP", data).lr == pytest.approx(0.035)
 
 

@@ -88,7 +88,7 @@ def test_the_table_has_a_line_a_set_and_a_column_a_method():
 def test_three_parts_are_one_column_each():
     parts = {part: (0.5, 0.0) for part in ("source", "x", "y")}
     found = [Summary("HEP", 1, parts, {part: (0.25, 0.0) for part in parts}, *[(0.0, 0.0)] * 2, (1 / 3, 0.0), 0)]
-    html = str(wider.parts_table(found, caption="Across.")).replace("\u00a0", " ")
+    html = str(tuning.scenario_table(found, caption="Across.")).replace("\u00a0", " ")
     assert html.count("50.0 ± 0.0 / 25.0 ± 0.0") == 3 and "33.3" in html and "0 of 1" in html
     two = [Summary("HEP", 1, dict(list(parts.items())[:2]), dict(list(parts.items())[:2]), *[(0.0, 0.0)] * 3, 0)]
-    assert "x, robust" in str(wider.parts_table(two, caption="Two."))
+    assert "x, robust" in str(tuning.scenario_table(two, caption="Two."))
