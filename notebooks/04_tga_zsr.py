@@ -92,14 +92,14 @@ book.claims_table("04_tga_zsr", card=book.committed_card("04_tga_zsr", profile))
 # %%
 photos = book.images(run, sizes.tuned[0])
 model = clip.classifier(photos.class_names, photos.templates)
-x, y, text = photos.pixels(), photos.labels, model.text_features
+x, y, text = photos.pixels().to(run.device), photos.labels.to(run.device), model.text_features
 pgd = attacks.get_attack(sizes.pgd)
 x_adv = pgd.run(model.fast(), x[:32], y[:32], threat, [(seed, photos.name, "problem", i) for i in range(len(x[:32]))])
 with torch.no_grad():
     before, after = model(x[:32]).softmax(1), model(x_adv).softmax(1)
 right, fooled = before.argmax(1) == y[:32], after.argmax(1) != y[:32]
 first = int((2 * (right & fooled) + right.int()).argmax())  # right, then fooled; else the first that is right
-fig = plots.attacked_strip(x[first], x_adv[first], before[first], after[first], photos.class_names, int(y[first]), eps_255)
+fig = plots.attacked_strip(x[first].cpu(), x_adv[first].cpu(), before[first].cpu(), after[first].cpu(), photos.class_names, int(y[first]), eps_255)
 book.show(fig, "problem", alt="A photograph, its attacked copy that looks the same, their amplified difference, and the five most probable classes of each",
           caption=f"Photograph {first} of the subset, attacked with {pgd.label} at ε = {eps_255:g}/255; of the first {len(right)}, {right.sum()} are right when clean, {(right & ~fooled).sum()} under attack.")  # fmt: skip
 
@@ -170,10 +170,11 @@ torch.testing.assert_close(my_text_map(tokens, text[y[:8]]), attention.text_map(
 # %%
 scenes = run.load("scenes/pair", n=n or 100)
 scene_model = clip.classifier(scenes.class_names, scenes.templates)
+pixels, labels = scenes.pixels().to(run.device), scenes.labels.to(run.device)
 keys = [(seed, "map", i) for i in range(len(scenes))]
-scene_adv = pgd.run(scene_model.fast(), scenes.pixels(), scenes.labels, threat, keys)
-own, mean = scene_model.text_features[scenes.labels], scene_model.text_features.mean(0)
-clean_maps, adv_maps = (attention.named_maps(clip, images, own, mean) for images in (scenes.pixels(), scene_adv))
+scene_adv = pgd.run(scene_model.fast(), pixels, labels, threat, keys)
+own, mean = scene_model.text_features[labels], scene_model.text_features.mean(0)
+clean_maps, adv_maps = (attention.named_maps(clip, images, own, mean) for images in (pixels, scene_adv))
 prior = {"center prior": attention.center_prior(clip.grid, len(scenes))}
 clean_iou = book.measure_maps(run, "CLIP", scenes, prior | clean_maps, "none", 0.0, against="center prior")
 adv_iou = book.measure_maps(run, "CLIP", scenes, adv_maps, pgd.name, eps_255)
@@ -188,8 +189,8 @@ book.table([{"map": r.extra["map"], "IoU, clean": f"{r.value:.3f}", "95 % interv
 # %%
 shown = [0, 1, 2]
 fig = plots.map_strip(
-    torch.cat([scenes.pixels(shown), scene_adv[shown]]),
-    {k: torch.cat([clean_maps[k][shown], adv_maps[k][shown]]) for k in clean_maps},
+    torch.cat([pixels[shown], scene_adv[shown]]).cpu(),
+    {k: torch.cat([clean_maps[k][shown], adv_maps[k][shown]]).cpu() for k in clean_maps},
     torch.cat([scenes.masks[shown]] * 2), labels=["clean"] * 3 + ["attacked"] * 3)  # fmt: skip
 book.show(fig, "maps", alt="Three rendered scenes, clean and attacked, each with five maps drawn over it and the object's outline",
           caption="The first three scenes of the subset, clean (top) and attacked (bottom). Outline: exact object mask.")  # fmt: skip
@@ -223,7 +224,7 @@ book.show(fig, "maps", alt="Three rendered scenes, clean and attacked, each with
 def my_distance(a, b):
     """|U(a - b)|_2 of maps [B, N] through the Gram matrix. Returns [B]."""
     d = a - b
-    return (d @ attention.gram(clip.grid) * d).sum(1).sqrt()
+    return (d @ attention.gram(clip.grid).to(d) * d).sum(1).sqrt()
 
 
 a, b = clean_maps["text-guided (Eq. 5)"], adv_maps["text-guided (Eq. 5)"]
@@ -369,9 +370,9 @@ book.show(plots.convergence(terms, quantity="weighted loss term", steps="trainin
 
 # %%
 tuned, unseen = ([book.images(run, s) for s in sets] for sets in (sizes.tuned, sizes.unseen))
-rows = [row for m in RIVALS for d in tuned + unseen for row in book.measure(run, models[m], d, [(pgd, threat)])]
+rows = [row for d in tuned + unseen for row in book.measure_each(run, [models[m] for m in RIVALS], d, [(pgd, threat)])]
 far, half = unseen[0], ThreatModel(eps_255 / 2)
-rows += [row for m in RIVALS for row in book.measure(run, models[m], far, [(pgd, half)]) if row.metric == "robust_acc"]
+rows += [row for row in book.measure_each(run, [models[m] for m in RIVALS], far, [(pgd, half)]) if row.metric == "robust_acc"]
 told = {"clean_acc": "Clean accuracy in percent: first the sets that fine-tuning took images from, then others.",
         "robust_acc": f"Robust accuracy in percent under {pgd.label} at ε = {eps_255:g}/255, the same images."}  # fmt: skip
 groups = [tuned + unseen] if len(tuned + unseen) < 6 else [tuned, unseen]  # a table holds seven columns
@@ -398,7 +399,7 @@ CURVES = ["CLIP", "FT-clean", "FT-adv", "TeCoA", "TGA-ZSR"]
 grid = [(pgd, ThreatModel(eps)) for eps in sizes.eps_grid]
 figs, curves = [], {}
 for images in tuned:
-    curves[images.name] = [row for name in CURVES for row in book.measure(run, models[name], images, grid)]
+    curves[images.name] = book.measure_each(run, [models[name] for name in CURVES], images, grid)
     figs.append(plots.accuracy_vs_eps(curves[images.name], chance=1 / len(images.class_names), order=CURVES))
 book.show(figs, "curves", alt="Accuracy of five methods falling with the attack budget, down to chance, one panel a dataset",
           caption=f"Accuracy under {pgd.label} against ε, 95 % intervals.")  # fmt: skip
@@ -476,7 +477,7 @@ map_attack = attacks.attack_on(map_and_margin, f"map+margin-{pgd.n_steps}", pgd.
 strong = [*map(attacks.get_attack, [*sizes.longer, sizes.pgd.replace("pgd", "cw")]), map_attack, attacks.get_attack(sizes.autoattack)]
 STRONG = ["TeCoA", "PMG-AFT", "TGA-ZSR"]
 attacked = [r for r in rows if r.dataset == photos.name and r.method in STRONG]
-attacked += [r for m in STRONG for r in book.measure(run, models[m], photos, [(attack, threat) for attack in strong])]
+attacked += [r for attack in strong for r in book.measure_each(run, [models[m] for m in STRONG], photos, [(attack, threat)])]
 book.measure(run, models["PMG-AFT"], photos, [(pgd, ThreatModel(eps)) for eps in (1.0, 2.0, 4.0)])  # for claim TGA-C8
 worst = [evaluate.worst_case([r for r in attacked if r.method == m]) for m in STRONG]
 run.card.add(worst)
@@ -525,7 +526,7 @@ book.show(fig, "paired", alt="Paired differences in robust accuracy to TeCoA wit
 moved = []
 for name, defense in {m: models[m] for m in ("CLIP", *STRONG, "Comp-TGA")}.items():
     m = defense.classifier(scenes.class_names, scenes.templates)
-    adv = pgd.run(m.fast(), scenes.pixels(), scenes.labels, threat, keys)
+    adv = pgd.run(m.fast(), pixels, labels, threat, keys)
     found = book.map_facts(defense, clip, scenes, adv)
     moved.append({"method": name} | {k: f"{v:.3f}" for k, v in found.items()})
     if name in ("CLIP", "TeCoA", "TGA-ZSR"):
@@ -540,14 +541,14 @@ display(book.table(moved, caption=caption))
 shown, maps, outlines = [], {}, [torch.zeros_like(scenes.masks[[0] * 3]), scenes.masks[[0] * 3]]
 for images, i in ((photos, first), (scenes, 0)):  # the photograph of the first figure and the first scene
     targets = {m: models[m].classifier(images.class_names, images.templates) for m in ("CLIP", "TGA-ZSR")}
-    label, text = images.labels[[i]], targets["CLIP"].text_features
-    on = [pgd.run(t.fast(), images.pixels([i]), label, threat, [(seed, "shown", i)]) for t in targets.values()]
-    shown.append(torch.cat([images.pixels([i]), *on]))
+    one, label, text = images.pixels([i]).to(run.device), images.labels[[i]].to(run.device), targets["CLIP"].text_features
+    on = [pgd.run(t.fast(), one, label, threat, [(seed, "shown", i)]) for t in targets.values()]
+    shown.append(torch.cat([one, *on]))
     for m in targets:
         found = attention.named_maps(models[m].clip, shown[-1], text[label.expand(3)], text.mean(0))
         for name in ("text-guided (Eq. 5)", "value path"):
             maps.setdefault(f"{m}: {name}", []).append(found[name])
-fig = plots.map_strip(torch.cat(shown), {k: torch.cat(v) for k, v in maps.items()}, torch.cat(outlines),
+fig = plots.map_strip(torch.cat(shown).cpu(), {k: torch.cat(v).cpu() for k, v in maps.items()}, torch.cat(outlines),
                       labels=["clean", "CLIP attacked", "TGA attacked"] * 2)  # fmt: skip
 book.show(fig, "trained-maps", alt="A photograph and a rendered scene, clean and attacked on either model, with the maps of the undefended and of the trained model over them",
           caption=f"Maps before and after training, {pgd.label}, ε = {eps_255:g}/255. Outline: the scene's object.")  # fmt: skip
@@ -589,10 +590,8 @@ book.rates_table(searched)
 
 # %%
 VARIANTS = [m for m in defenses.METHODS if m[:2] in ("CE", "TG", "Vi", "Te") and (profile == "tiny" or m in sizes.train_live)]
-variant_rows = []
-for name in VARIANTS:
-    models.setdefault(name, book.defended(run, name, train_sets, train_attack))
-    variant_rows += book.measure(run, models[name], photos, [(pgd, threat)])
+models |= {name: book.defended(run, name, train_sets, train_attack) for name in VARIANTS if name not in models}
+variant_rows = book.measure_each(run, [models[name] for name in VARIANTS], photos, [(pgd, threat)])
 columns = {"clean": {"metric": "clean_acc"}, f"{pgd.name}, ε {eps_255:g}": {"metric": "robust_acc"}}
 caption = f"{photos.name}: one ingredient changed at a time; TeCoA is the loss without attention terms."
 book.accuracy_table(variant_rows, columns=columns, caption=caption)

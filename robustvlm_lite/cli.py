@@ -94,15 +94,31 @@ def _add_evaluate_options(sub: Parser) -> None:
         "--defense",
         default="none",
         help="none (the default), one of the book, or a checkpoint's path. Methods at test time cost an image more passes of "
-        "the image tower: TTC 4, and 2 backward; View ensemble and MTA 64; TPT, TPT-Ensemble, C-TPT and R-TPT 64, and 2 of "
-        "the text tower over all classes; A-TPT (as reported) 72, A-TPT (released) 127, and as many of the text tower. The attacker knows "
-        "the defense and sees through 9 views a step",
+        "the image tower: TTC 4, and 2 backward; View ensemble, MTA, TPT, TPT-Ensemble, C-TPT and R-TPT 64; A-TPT (as reported) 72, "
+        "and 8 backward; A-TPT (released) 127, and 63 backward. All that tune a prompt also take 2 passes of the text tower over all "
+        "classes, one of them backward as well. The attacker knows the defense and sees through 9 views a step",
     )
     sub.add_argument("--attack", default="pgd", help="pgd (the default), cw, apgd-ce, autoattack, square, noise …")
     sub.add_argument("--eps-255", type=float, default=1.0, metavar="ε", help="budget in 1/255, ℓ∞ (%(default)s)")
     sub.add_argument("--steps", type=int, metavar="N", help="steps of the attack; left out: 20 for pgd, else its own")
     sub.add_argument("-n", type=int, metavar="N", help="images, balanced over classes; left out: up to 500")
-    sub.add_argument("--device", default="", help="cpu or cuda; left out: cuda where there is one")
+    sub.add_argument("--device", default="", type=_device, metavar="NAME", help="cpu or cuda; left out: cuda where there is one")
+
+
+def _device(name: str) -> str:
+    """A device that tensors can be made on; torch knows names of many that it was not built for."""
+    import torch
+
+    from .runtime import UserError, resolve_device
+
+    try:
+        torch.empty(0, device=resolve_device(name))
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    except Exception as error:  # each backend has an error of its own
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"expected a device of this machine, cpu or cuda, got {name!r} ({reason})") from None
+    return name
 
 
 # ---- commands
@@ -115,7 +131,7 @@ def _list(_) -> None:
         print(f"{name}  {chapter['title']}\n    {chapter['reproduces']}")
         for profile, sizes in chapter["profiles"].items():
             minutes, estimated = sizes["minutes"], sizes.get("estimated", ())
-            took = f"{minutes} min" if minutes < 90 else f"{minutes / 60:.0f} h"
+            took = f"{minutes} min" if minutes <= 180 else f"{minutes / 60:.0f} h"
             cost = {"minutes": took, "memory_gb": f"{sizes['memory_gb']:g} GB"}
             took, memory = (f"~{text}" if field in estimated else text for field, text in cost.items())
             print(f"    {profile:6} {took:>7} {memory:>8}  {sizes['where']}")

@@ -254,6 +254,14 @@ def backbone(chapter: str, to: str = "paper") -> str:
     return model
 
 
+def uncounted(chapter: str, to: str = "paper") -> str:
+    """What a run of the profile does beside what the cards count, in words; empty if nothing."""
+    there = vars(profile(chapter, to))
+    if "views" in there:
+        return f"every image is asked about in up to {there['views']} views"
+    return "prompts are tuned for every set, method and seed" if "shots" in there else ""
+
+
 def nearest(cards: Mapping[str, dict], chapter: str) -> dict | None:
     """The card of a chapter to carry over: of the largest profile below `paper`; None if there is none."""
     own = [c for c in cards.values() if c["chapter"] == chapter and c["profile"] in PROFILES[:-1]]

@@ -12,7 +12,7 @@ from .evaluate import evaluate
 from .records import Store
 from .runfolder import CARD, finished, run_folder
 from .runner import check_seed
-from .runtime import UserError, resolve_device
+from .runtime import UserError, resolve_device, sha256
 from .threat import ThreatModel
 
 DEFAULT_N = 500
@@ -54,6 +54,7 @@ def evaluate_own(
     parameters = {"data": data, "model": model, "pretrained": pretrained, "defense": defense}
     parameters |= {"attack": chosen.name, "eps_255": threat.eps_255, "n": len(images)}
     hashes = {"weights": clip.weights_sha256, "images": images.sha256}
+    hashes |= {"defense file": sha256(Path(defense))} if Path(defense).is_file() else {}
     with run_folder(Path(out) / "evaluate", f"own-{seed}", parameters | hashes, resume=resume) as folder:
         if not finished(folder / CARD):
             card = Card("evaluate", "own", seed, parameters, weights_sha256=clip.weights_sha256, device=device)

@@ -117,7 +117,7 @@ def read_parameters(texts: Mapping[str, str], defaults: Mapping, ranges: Mapping
         value = _typed(name, text, type(defaults[name]))
         low, high = ranges.get(name, (-math.inf, math.inf))
         if name in ranges and not low < value <= high:
-            raise UserError(f"parameter {name}: expected a number in ({low:g}, {high:g}], got {text}")
+            raise UserError(f"parameter {name}: expected a number in ({low:g}, {high:g}], got {text}; leave it out for the profile's")
         values[name] = value
     return values
 

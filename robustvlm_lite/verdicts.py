@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from .cards import VERDICTS, is_stale, load_card, load_examples, recompute
@@ -30,12 +31,11 @@ def book_verdicts(cards: Mapping[str, dict]) -> list[Verdict]:
     not, a larger profile before a smaller; of several cards of one profile, as of several seeds, the least favorable
     counts.
     """
-    found = []
+    found, stale = [], cache(lambda card: is_stale(cards[card]))  # asked once a card: it reads all code that the card stands on
     for claim in load_claims():
         best = max(_said(claim, cards), key=lambda said: said[0], default=None)
         _, card, decided = best or (None, "", {"verdict": "not_tested", "why": "no card yet"})
-        stale = bool(card) and is_stale(cards[card])
-        found.append(Verdict(claim, decided["verdict"], decided["why"], card, stale))
+        found.append(Verdict(claim, decided["verdict"], decided["why"], card, bool(card) and stale(card)))
     return found
 
 

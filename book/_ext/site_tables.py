@@ -117,7 +117,8 @@ def _price(claim: Mapping, cards: Mapping[str, dict]) -> str:
         hours = estimate.estimate(card, claim["profile"]).hours
     except UserError:
         return ""
-    return f'That run is put at <a href="estimate.html">{_hours(hours)}</a>.'
+    least = "at least " if estimate.uncounted(claim["chapter"], claim["profile"]) else ""
+    return f'That run is put at {least}<a href="estimate.html">{_hours(hours)}</a>.'
 
 
 # ---- time and cost
@@ -152,8 +153,9 @@ def estimates(cards: Mapping[str, dict]) -> Html:
             if card is None:
                 raise UserError("no card to carry over yet")
             found = estimate.estimate(card)
-            line |= {"evaluation": _hours(found.evaluation_hours)}
-            line |= {"training": _hours(found.training_hours) if found.training else "not counted"}
+            missing = estimate.uncounted(chapter)
+            line |= {"evaluation": f"at least {_hours(found.evaluation_hours)}" if missing else _hours(found.evaluation_hours)}
+            line |= {"training": _hours(found.training_hours) if found.training else f"not counted: {missing}" if missing else "none"}
             line |= {"backbone": found.model, "from": f"the card of {card['profile']}"}
             line |= {"images forward": _big(found.evaluation.forwards), "backward": _big(found.evaluation.backwards)}
         except UserError as reason:
@@ -173,7 +175,8 @@ def growth(cards: Mapping[str, dict]) -> Html:
         except UserError:
             continue
         if added:
-            per = {f"one more {what}": _hours(hours) for what, hours in added.items()}
+            least = "at least " if estimate.uncounted(chapter) else ""
+            per = {f"one more {what}": least + _hours(hours) for what, hours in added.items()}
             lines.append({"chapter": chapter_link(chapter)} | per)
     told = "A data set is as large as the mean of the profile's; a budget is one point on every curve over ε."
     return table(lines, caption=f"What is added to the hours above. {told}")
@@ -194,7 +197,7 @@ def carried_check(cards: Mapping[str, dict]) -> str:
     found = []
     for chapter in chapters():
         by_profile = {card["profile"]: card for card in cards.values() if card["chapter"] == chapter}
-        if {"tiny", "small"} <= by_profile.keys():
+        if {"tiny", "small"} <= by_profile.keys() and "paper" in chapters()[chapter]["profiles"]:
             ahead = estimate.carried(by_profile["tiny"], "small").flops(1)
             counted = estimate.evaluation(by_profile["small"]).flops(1)
             found.append(f"{chapter_link(chapter)}: {ahead / counted:.1f}")

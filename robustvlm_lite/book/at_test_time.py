@@ -20,30 +20,31 @@ from .spread import spread
 TEXTS = 8000  # prompts in memory at once, with what their gradient needs
 
 
+def without_state(model: nn.Module) -> nn.Module:
+    """The same classifier without what the images before left in it, as released A-TPT keeps it; any other as it is."""
+    recipe = getattr(model, "recipe", None)
+    return model.fewer(recipe.n_views) if recipe is not None and recipe.quirk_leak else model
+
+
 def craft(run, attack: Attack, surface: nn.Module, data: ImageSet, eps_255: float, name: str = "", batch: int = 32) -> Tensor:
     """Attacked images [N, 3, S, S] of all of `data`, audited, on the 8-bit grid and inside the budget; on the CPU.
 
-    surface: what the attacker differentiates. name: of what is attacked, where the attack's own name does not say it; all
-    random numbers depend on it.
+    surface: what the attacker differentiates; every batch meets it without state, whichever process takes it. name: of what
+    is attacked, where the attack's own name does not say it; all random numbers depend on it.
     """
     threat = ThreatModel(eps_255)
 
     def attacked(index: Tensor) -> Tensor:
         x, y = data.pixels(index).to(run.device), data.labels[index].to(run.device)
         keys = [(run.seed, data.name, name or attack.name, eps_255, int(i)) for i in index]
-        seen = surface.streaming(keys) if hasattr(surface, "streaming") else surface
+        seen = without_state(surface)
+        seen = seen.streaming(keys) if hasattr(seen, "streaming") else seen
         x_adv = attack.run(seen, x, y, threat, keys)
         audit(x, x_adv, threat)
         return to_8bit(x_adv, x, threat).cpu()
 
     parts = torch.arange(len(data)).split(batch)
     return torch.cat(spread(run, [partial(attacked, index) for index in parts], f"{name or attack.name} on {data.name}"))
-
-
-def without_state(model: nn.Module) -> nn.Module:
-    """The same classifier without what the images before left in it, as released A-TPT keeps it; any other as it is."""
-    recipe = getattr(model, "recipe", None)
-    return model.fewer(recipe.n_views) if recipe is not None and recipe.quirk_leak else model
 
 
 def measure_shown(

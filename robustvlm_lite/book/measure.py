@@ -258,17 +258,18 @@ def map_facts(defense: Defense, original: ZeroShotCLIP, data: ImageSet, x_adv: T
     Movements are shares of the starting map's length: from the defense's own clean map, and from the original model's.
     """
     model = defense.classifier(data.class_names, data.templates)
-    text = model.text_features[data.labels]
+    x, y, x_adv = (t.to(model.text_features.device) for t in (data.pixels(), data.labels, x_adv))
+    text = model.text_features[y]
     adv = attention.text_map(defense.clip.tokens(x_adv), text)
 
     def moved_from(clip: ZeroShotCLIP) -> float:
-        home = attention.text_map(clip.tokens(data.pixels()), text)
+        home = attention.text_map(clip.tokens(x), text)
         length = attention.map_distance(home, torch.zeros_like(home)).clamp_min(1e-6)
         return (attention.map_distance(home, adv) / length).mean().item()
 
     return {
         "from own clean map": moved_from(defense.clip),
         "from original's map": moved_from(original),
-        "map IoU": attention.map_iou(adv, data.masks).mean().item(),
-        "accuracy": (model(x_adv).argmax(1) == data.labels).float().mean().item(),
+        "map IoU": attention.map_iou(adv.cpu(), data.masks).mean().item(),
+        "accuracy": (model(x_adv).argmax(1) == y).float().mean().item(),
     }

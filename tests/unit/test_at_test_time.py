@@ -66,6 +66,8 @@ def test_crafted_images_are_8_bit_inside_the_budget_and_free_of_the_batch(run, i
     assert not torch.equal(book.craft(run, attack, model, images, 2.0, "another name"), whole)
     plain = nn.Sequential(nn.Flatten(), nn.Linear(48, 3))
     assert book.craft(run, attacks.get_attack("pgd-2"), plain, images, 2.0).shape == images.images.shape
+    stained = [book.craft(run, attack, Stained(), images, 2.0, batch=size) for size in (6, 2, 1)]
+    assert torch.equal(stained[0], stained[1]) and torch.equal(stained[0], stained[2]), "state of another batch came along"
 
 
 def test_everyone_is_shown_the_same_images(run, images):

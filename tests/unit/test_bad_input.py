@@ -171,6 +171,7 @@ EVALUATE = {
     "budget as text": (own("--eps-255", "big"), "argument --eps-255: invalid float value: 'big'"),
     "no images asked": (own("-n", "0"), "expected at least one image, got -n 0"),
     "more images than there are": (own("-n", "3"), "of own/images, got n=3"),
+    "a device that torch was not built for": (own("--device", "mps"), "expected a device of this machine, cpu or cuda, got 'mps'"),
     "cuda asked where there is none": (own("--device", "cuda"), "device 'cuda' was asked for but torch sees none"),
     "unknown defense": (own("--defense", "TeCoAA"), "unknown defense 'TeCoAA'; did you mean 'TeCoA'?"),
     "defense file not there": (own("--defense", "no/such.safetensors"), "expected a defense checkpoint at no/such"),

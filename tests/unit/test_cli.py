@@ -47,7 +47,7 @@ def test_list_shows_every_chapter_and_profile(capsys):
         for profile, sizes in chapter["profiles"].items():
             minutes, guessed = sizes["minutes"], sizes.get("estimated", [])
             assert set(guessed) <= {"minutes", "memory_gb"} and sizes["memory_gb"] > 0
-            took = "~" * ("minutes" in guessed) + (f"{minutes} min" if minutes < 90 else f"{minutes / 60:.0f} h")
+            took = "~" * ("minutes" in guessed) + (f"{minutes} min" if minutes <= 180 else f"{minutes / 60:.0f} h")
             memory = "~" * ("memory_gb" in guessed) + f"{sizes['memory_gb']} GB"
             assert re.search(rf"{profile} +{took} +{memory}  {re.escape(sizes['where'])}", shown)
     assert "~ is an estimate, the rest was measured" in shown

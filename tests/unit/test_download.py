@@ -275,6 +275,7 @@ def test_prepare_refuses_in_one_line(food, site, capsys, tmp_path):
     for arguments, match in (
         (["imagenet", "--root", str(food)], "ImageNet-1k cannot be fetched by a program; obtain it: register"),
         (["food11", "--root", str(food)], "unknown dataset 'food11'; did you mean 'food101'?"),
+        (["small/stl10", "--root", str(food)], "small/stl10 is a pack of 64 pixels, which no program fetches"),
         (["food101", "--root", str(tmp_path / "file")], "cannot write"),
     ):
         assert cli.main(["data", "prepare", *arguments]) == 2

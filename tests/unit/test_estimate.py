@@ -157,3 +157,8 @@ def test_the_books_own_cards_can_be_carried_to_themselves(name):
             assert estimate.estimate(made, profile).hours > 0
         except UserError as reason:
             assert "expected" in str(reason)
+
+
+def test_what_no_card_counts_is_named():
+    assert "64 views" in estimate.uncounted("07_a_tpt") and "tuned" in estimate.uncounted("05_capt")
+    assert estimate.uncounted("04_tga_zsr") == estimate.uncounted("01_clip") == ""

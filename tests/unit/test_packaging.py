@@ -147,6 +147,15 @@ def test_readme_holds_the_commands_that_ci_and_the_book_use():
     assert f"\n\t{blocks[1]}\n" in make[make.index("\ncheck:") :], "`make check` is not the README's second command"
 
 
+def test_the_readme_s_snippet_runs_and_prints_an_accuracy(capsys):
+    (block,) = re.findall(r"^```python\n(.*?)\n```", (ROOT / "README.md").read_text(), flags=re.M | re.S)
+    few = block.replace("100", "8").replace("pgd-20", "pgd-2")
+    assert few != block
+    exec(compile(few, "README.md", "exec"), {})
+    assert re.fullmatch(r"tensor\([01]\.\d*\)", capsys.readouterr().out.strip())
+
+
+
 def test_ruff_is_content():
     run = subprocess.run(
         [sys.executable, "-m", "ruff", "check", "--output-format=concise", "."],

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -121,7 +122,8 @@ def test_robustvlm_evaluate_takes_a_prompt_file(tmp_path):
     defense = build_prompts("FAP", clip).fit(shots, attack=ATTACK, training=SHORT, progress=False)
     path = tmp_path / "fap.safetensors"
     save_prompts(defense, path)
-    card = load_card(evaluate_own(data="photos/caltech", defense=str(path), attack="pgd-2", n=25, out=str(tmp_path), device="cpu"))
+    own = partial(evaluate_own, data="photos/caltech", defense=str(path), attack="pgd-2", n=25, out=str(tmp_path), device="cpu")
+    card = load_card(place := own())
     rows = {row["metric"]: row for row in card["rows"]}
     assert {row["method"] for row in card["rows"]} == {"FAP"} and rows["clean_acc"]["n"] == 25
     assert rows["robust_acc"]["value"] <= rows["clean_acc"]["value"]
@@ -130,3 +132,5 @@ def test_robustvlm_evaluate_takes_a_prompt_file(tmp_path):
         right = (defense.classifier(x.class_names)(x.pixels()).argmax(1) == x.labels).float().mean().item()
     assert rows["clean_acc"]["value"] == pytest.approx(right)
     assert read_facts(path)["method"] == "FAP"
+    save_prompts(build_prompts("FAP", clip), path)
+    assert own(resume=True) != place, "another file of the same name is another run"
