@@ -62,6 +62,7 @@ from robustvlm_lite.threat import ThreatModel
 
 run = book.start("11_prompt_choices", profile=profile, seed=seed, device=device, data_root=data_root, pretrained=pretrained, n=n, steps=steps)
 sizes = run.sizes
+seeds = f"tuning seeds {', '.join(map(str, sizes.seeds))}"
 at_capt, at_cba = (choices.home(run, chapter, *of) for chapter, of in sizes.homes.items())
 print("CAPT:", at_capt.asked())
 print("CBA-FAPT:", at_cba.asked())
@@ -76,7 +77,7 @@ print("CBA-FAPT:", at_cba.asked())
 # turned, and `measure` asks all of them about the same images.
 #
 # Each accuracy is compared with the default's in pairs: verdicts of an image are averaged over the seeds, then images are
-# resampled. What such an interval leaves out is the luck of the tuning itself.
+# resampled. What such an interval leaves out is the luck of the tuning itself; `tiny` tunes once, `small` three times.
 #
 # With so many lines some intervals exclude zero by luck: of twenty, one. Read a single line as a hint, and a group of lines that
 # point the same way as more.
@@ -117,7 +118,7 @@ LOSS = {
 tuned = at_capt.tune(turned("CAPT", capt.Choices, LOSS), sizes.seeds)
 rows = at_capt.measure(tuned)
 of_loss = choices.effects(at_capt, rows, "CAPT")
-display(choices.effects_table(of_loss, rows, at_capt, "CAPT", caption=f"One choice of CAPT's loss changed, {len(sizes.seeds)} seeds."))
+display(choices.effects_table(of_loss, rows, at_capt, "CAPT", caption=f"One choice of CAPT's loss changed; {seeds}."))
 
 # %%
 def bars(found, reference, part):
@@ -162,7 +163,7 @@ placed = [{"name": "CAPT"}] + [{"name": "CAPT", "label": k, "spec": defenses.sca
 tuned_places = at_capt.tune(placed, sizes.seeds)
 rows = at_capt.measure(tuned_places)
 of_place = choices.effects(at_capt, rows, "CAPT")
-display(choices.effects_table(of_place, rows, at_capt, "CAPT", caption=f"CAPT's loss over other prompts, {len(sizes.seeds)} seeds."))
+display(choices.effects_table(of_place, rows, at_capt, "CAPT", caption=f"CAPT's loss over other prompts; {seeds}."))
 
 # %%
 counts = {d.name: sum(p.numel() for p in d.learner.parameters()) for d in tuned_places[sizes.seeds[0]]}
@@ -210,7 +211,7 @@ TERMS = {
 tuned_terms = at_cba.tune(turned("CBA-FAPT", lambda **fields: cba_fapt.Choices(**FULL | fields), TERMS), sizes.seeds)
 rows = at_cba.measure(tuned_terms)
 of_cba = choices.effects(at_cba, rows, "CBA-FAPT")
-display(choices.effects_table(of_cba, rows, at_cba, "CBA-FAPT", caption=f"One choice of CBA-FAPT changed, {len(sizes.seeds)} seeds; base and new classes."))
+display(choices.effects_table(of_cba, rows, at_cba, "CBA-FAPT", caption=f"One choice of CBA-FAPT changed; {seeds}."))
 
 # %%
 figs = [plots.paired_bars({name: of[part, "attacked"] for name, of in of_cba.items()}, reference="CBA-FAPT", title=f"{part} classes") for part in ("base", "new")]
