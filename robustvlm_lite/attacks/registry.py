@@ -75,8 +75,10 @@ class Attack:
         """Adversarial images for `x` [B, 3, H, W] with labels `y` [B]: same shape and dtype, detached.
 
         keys: one tuple per image, whose last entry names the image and the rest the run. All randomness of an image
-        comes from `runtime.generator(*key)`, so neither batch nor order matters. The model is attacked in evaluation
-        mode and given back as it was, whatever grad or autocast mode the caller is in.
+        comes from `runtime.generator(*key)`, so neither batch nor order matters; but for a random model under an ensemble
+        or one of torchattacks' adaptive attacks, which ask it again about those images of a batch that still stand: they take
+        the draws of the first ones. The model is attacked in evaluation mode and given back as it was, whatever grad or
+        autocast mode the caller is in.
         """
         check_images(x)
         n = len(x)
