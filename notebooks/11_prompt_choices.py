@@ -15,7 +15,7 @@
 # [Colab](https://colab.research.google.com/github/robustvlm-lite/robustvlm_lite/blob/main/notebooks/11_prompt_choices.ipynb) ·
 # [source](https://github.com/robustvlm-lite/robustvlm_lite/blob/main/notebooks/11_prompt_choices.py) ·
 # [result card](https://github.com/robustvlm-lite/robustvlm_lite/tree/main/book/cards) ·
-# CPU: 3 minutes (tiny)
+# CPU: 6 minutes (tiny)
 
 # %% [markdown]
 # ## At a glance
@@ -132,8 +132,9 @@ book.show(bars(of_loss, "CAPT", "all"), "loss", alt="Paired differences to CAPT 
 # %% [markdown]
 # Measurable under attack: {glue:text}`which-capt`. On clean images: {glue:text}`which-capt-clean`.
 #
-# λ is a dial between the two columns: more of it ties the attacked answer to the clean one, and takes weight from being right. Where
-# its bars do not move in a line from 0.5 to 6, the number of steps decides more than λ does.
+# λ is meant as a dial between the two columns: more of it ties the attacked answer to the clean one, and takes weight from being
+# right. Where both columns fall as λ grows, tuning has not come to the point at which one is traded for the other: few steps at a
+# rate that was found for 1.5 learn the shots first.
 #
 # The direction of KL is not a matter of taste. Forward, the attacked answer must give probability to every class that the
 # target allows. Backward, it may drop some of them, and near a confident target the two penalties differ most. Few steps on few shots
@@ -252,6 +253,9 @@ of_forms = choices.effects(at_cba, rows, "FAP")
 display(choices.effects_table(of_forms, rows, at_cba, "FAP", caption=f"FAP, AdvMaPLe and their forms, seed {main}; AdvVLP: AdvMaPLe's loss over prompts that are not coupled."))
 
 # %% [markdown]
+# In a tower with few blocks a shared projection has one deep block to serve, so it is the same method twice: that line is a control, and any
+# difference in it would be an error of ours.
+#
 # Three rivals of the papers have no place in the chapters: a learned frame and tokens in the image (AVP), a text context against features that were
 # attacked beforehand (AdvPT) {cite}`zhang2024advpt`, and APT with a context for each class. They are tuned in CAPT's protocol.
 #
