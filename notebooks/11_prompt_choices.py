@@ -133,7 +133,9 @@ book.show(bars(of_loss, "CAPT", "all"), "loss", alt="Paired differences to CAPT 
 # Measurable under attack: {glue:text}`which-capt`. On clean images: {glue:text}`which-capt-clean`.
 #
 # λ is meant as a dial between the two columns: more of it ties the attacked answer to the clean one, and takes weight from being
-# right. Where both columns fall as λ grows, tuning has not come to the point at which one is traded for the other: few steps at a
+# right.
+#
+# Where both columns fall as λ grows, tuning has not come to the point at which one is traded for the other: few steps at a
 # rate that was found for 1.5 learn the shots first.
 #
 # The direction of KL is not a matter of taste. Forward, the attacked answer must give probability to every class that the
