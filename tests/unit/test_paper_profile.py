@@ -1,4 +1,4 @@
-"""The profile `paper` of chapters 04 to 07 on a handful of images: random weights of OpenAI's shapes from a local file, sets on disk.
+"""The profile `paper` of a chapter on a handful of images: random weights of OpenAI's shapes from a local file, sets on disk.
 
 What is cut are numbers of images, sets, steps and rungs; model, methods and code path are the profile's own.
 """
@@ -13,24 +13,15 @@ import small_sets
 from safetensors.torch import save_file
 
 from robustvlm_lite import runtime
-from robustvlm_lite.book import ladder
 from robustvlm_lite.clip import random_clip
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 PETS, LAND = "oxford_pets", "eurosat"  # three classes of two images each
-FEW = {"pgd": "pgd-1", "autoattack": "autoattack-1", "eps_grid": [8.0], "eps_255": 4.0}
-SHOTS = FEW | {"shots": 1, "seeds": [1], "fewer": [], "train": [[f"coop/{PETS}", 0]], "tests": [[f"coop/{PETS}", 3]]}
 CUT = {
-    "04_tga_zsr": FEW | {
-        "train": [[f"tga_zsr/{PETS}", 0]], "tuned": [[f"tga_zsr/{PETS}", 3]], "unseen": [[f"tga_zsr/{LAND}", 3]],
-        "training": {"steps": 1, "batch": 3, "optimizer": "sgd", "lr": 1e-4, "warmup": 1},
-    },
-    "05_capt": SHOTS | {"halves": [], "source": f"coop/{PETS}", "across": [[f"coop/{LAND}", 3]]},
-    "06_cba_fapt": SHOTS | {"across": [[f"coop/{LAND}", 3]], "scenes": ["scenes/pair", 3], "pgd_paper": "pgd-1-paper"},
-    "07_a_tpt": FEW | {
-        "tests": [[f"coop/{PETS}", 4], [f"coop/{LAND}", 4]], "word": "coop/dtd", "scenes": ["scenes/pair", 4], "views": 3,
-        "oblivious": ["pgd-1"], "transfer": ["cw-1"], "ladder": ["View ensemble", "A-TPT (released)"], "square": "square-2", "checked": 2,
-        "adaptive": {"n": 3, "steps": 1, "longer": [], "views": 2, "draws": 1}, "resnet": {"model": "openai-rn50", "n": 2, "eps_255": 1.0},
+    "05_capt": {
+        "pgd": "pgd-1", "autoattack": "autoattack-1", "eps_grid": [8.0], "eps_255": 4.0, "shots": 1, "seeds": [1], "fewer": [],
+        "train": [[f"coop/{PETS}", 0]], "tests": [[f"coop/{PETS}", 3]], "halves": [], "source": f"coop/{PETS}",
+        "across": [[f"coop/{LAND}", 3]],
     },
 }  # fmt: skip
 
@@ -56,25 +47,17 @@ def run_page(chapter: str, asked: dict) -> dict:
 def test_the_papers_models_run_from_a_local_file(chapter, tmp_path, monkeypatch):
     matplotlib.use("Agg")
     monkeypatch.setenv("ROBUSTVLM_OUT", str(tmp_path / "out"))
-    if chapter == "04_tga_zsr":
-        small_sets.oxford_pets(tmp_path / "full" / PETS, monkeypatch)
-        small_sets.eurosat(tmp_path / "full" / LAND, monkeypatch)
-    else:
-        small_sets.coop_pets(tmp_path)
-        small_sets.coop_eurosat(tmp_path)
-    group = "tga_zsr" if chapter == "04_tga_zsr" else "coop"
-    for short, keys in ((PETS, None), (LAND, ["AnnualCrop", "River", "SeaLake"])):
-        small_sets.shrink(monkeypatch, f"{group}/{short}", keys)
+    small_sets.coop_pets(tmp_path)
+    small_sets.coop_eurosat(tmp_path)
+    small_sets.shrink(monkeypatch, f"coop/{PETS}")
+    small_sets.shrink(monkeypatch, f"coop/{LAND}", ["AnnualCrop", "River", "SeaLake"])
     whole = runtime.profile(chapter, "paper")
     assert set(CUT[chapter]) <= set(vars(whole))
     monkeypatch.setattr(runtime, "profile", lambda *_: SimpleNamespace(**vars(whole) | CUT[chapter]))
-    monkeypatch.setattr(ladder, "load_clip", lambda name, device: random_clip("RN50-quickgelu"))  # the other tower is a download
     weights = write_weights(whole.model, tmp_path / "weights.safetensors")
-    asked = {"profile": "paper", "data_root": str(tmp_path), "pretrained": str(weights)}
-    asked |= {"steps": 2} if "steps" in runtime.chapters()[chapter]["parameters"] else {}
-    page = run_page(chapter, asked)
+    page = run_page(chapter, {"profile": "paper", "data_root": str(tmp_path), "pretrained": str(weights), "steps": 2})
     card = page["run"].card.as_dict()
     assert card["profile"] == "paper" and card["provenance"]["weights_sha256"] == runtime.sha256(weights)
     methods = {row["method"] for row in card["rows"]}
-    assert set(getattr(whole, "methods", getattr(whole, "train_live", []))) <= methods and (tmp_path / "out/card.json").is_file()
-    assert page["clip"].image_size == 224
+    assert set(whole.methods) <= methods and (tmp_path / "out/card.json").is_file()
+    assert page["run"].load_clip().image_size == 224
