@@ -155,7 +155,7 @@ def estimates(cards: Mapping[str, dict]) -> Html:
             found = estimate.estimate(card)
             missing = estimate.uncounted(chapter)
             line |= {"evaluation": f"at least {_hours(found.evaluation_hours)}" if missing else _hours(found.evaluation_hours)}
-            line |= {"training": _hours(found.training_hours) if found.training else f"not counted: {missing}" if missing else "none"}
+            line |= {"training": _hours(found.training_hours) if found.training else "not counted" + f": {missing}" * bool(missing)}
             line |= {"backbone": found.model, "from": f"the card of {card['profile']}"}
             line |= {"images forward": _big(found.evaluation.forwards), "backward": _big(found.evaluation.backwards)}
         except UserError as reason:
