@@ -554,7 +554,7 @@ book.show(plots.convergence(trust, quantity="mean α of the batch", steps="tunin
 # ## What it costs
 
 # %%
-seconds = {d.name: median(d.step_seconds[1:]) for d in models[main] if getattr(d, "step_seconds", None)}
+seconds = {d.name: median(d.step_seconds[1:] or d.step_seconds) for d in models[main] if getattr(d, "step_seconds", None)}
 points = {m: (s, at[m].value, *at[m].ci95) for m, s in seconds.items()}
 book.show(plots.cost_scatter(points, cost="seconds per tuning step"), "cost",
           alt="Scatter of seconds per tuning step against robust accuracy, one point a method",

@@ -608,7 +608,7 @@ book.accuracy_table(ablation, columns=columns, caption=f"{test.name}, seed {main
 # ## What it costs
 
 # %%
-seconds = {d.name: median(d.step_seconds[1:]) for d in models[main] if getattr(d, "step_seconds", None)}
+seconds = {d.name: median(d.step_seconds[1:] or d.step_seconds) for d in models[main] if getattr(d, "step_seconds", None)}
 robust = {r.method: r for r in rows if (r.dataset, r.metric, r.extra["seed"]) == (base.name, "robust_acc", main)}
 points = {m: (s, robust[m].value, *robust[m].ci95) for m, s in seconds.items() if m != "CBA-FAPT (adversarial only)"}
 book.show(plots.cost_scatter(points, cost="seconds per tuning step"), "cost",

@@ -105,9 +105,9 @@ print("CBA-FAPT:", at_cba.asked())
 
 
 # %%
-def turned(name, kind, changes, **options):
+def turned(name, kind, changes):
     """Variants of one method: the default first, then one for each {label: fields of its choices}."""
-    return [{"name": name}] + [{"name": name, "label": label, "config": kind(**fields), **options} for label, fields in changes.items()]
+    return [{"name": name}] + [{"name": name, "label": label, "config": kind(**fields)} for label, fields in changes.items()]
 
 
 LOSS = {
