@@ -3,7 +3,8 @@
     python data_scripts/pretrain_clip.py --model nano --data-root DIR --work DIR
 
 Two processes of one thread each, gradients averaged over gloo, are faster on two cores than one process of two threads;
-on a GPU pass --procs 1 --device cuda. A killed run goes on from its last state when the same command is given again:
+on a GPU pass --procs 1 --batch 256 --device cuda (a batch is each process's). A killed run goes on from its last state when the
+same command is given again:
 every batch depends on (seed, step, rank) alone. Writes WORK/log.jsonl, WORK/state.pt and, at the end, the half
 precision WORK/<model>.safetensors with WORK/recipe.json. `data_scripts/clip_card.py` then measures it.
 """
@@ -36,7 +37,7 @@ from robustvlm_lite.runtime import eval_mode, sha256, versions
 
 @dataclass
 class Recipe:
-    """Everything that decides the weights; design/substrate measurements led to the defaults."""
+    """Everything that decides the weights; what was tried before: robustvlm_lite/assets/clip/notes.yml."""
 
     model: str = "nano"
     start: str = ""  # bundled model that it goes on from, or grows from where it is wider (grow_clip.py); empty: from scratch

@@ -16,7 +16,7 @@
 # [source](https://github.com/robustvlm-lite/robustvlm_lite/blob/main/notebooks/04_tga_zsr.py) ·
 # [paper](https://arxiv.org/abs/2410.21802) ·
 # [result card](https://github.com/robustvlm-lite/robustvlm_lite/tree/main/book/cards) ·
-# CPU: 3 minutes (tiny) · GPU: hours (paper)
+# CPU: 3 minutes (tiny) · GPU: days (paper)
 
 # %% [markdown]
 # ## At a glance

@@ -355,13 +355,13 @@ book.table(lines, caption=f"Value and force of the map terms at the paper's weig
 # *Adversarial only* is 5 CE of attacked images on CBA-FAPT's own prompts, *no maps* is CE + 5 CE. All see the same
 # shots, batches and starts, for the same number of steps, once a seed.
 #
-# The learning rate is the paper's times a factor. Under `tiny` the factor is searched for every method by itself, rivals as well
+# The learning rate is the paper's times a factor. Under `tiny` and `small` the factor is searched for every method by itself, rivals as well
 # (`data_scripts/train_prompts.py --search`): 3, 10 and 30, then on past an end that wins. Shots and score come from training
 # images of the base classes; no test image is read, nor any image of a new class.
 #
 # A factor's score is the mean of clean accuracy and accuracy under PGD, for every method the same; the best wins, of equal ones the
-# smallest. The chosen numbers flatter a little, because they were chosen. Other profiles take one factor for all, or the papers'
-# full training. Fusions and scores of the ablation take CBA-FAPT's.
+# smallest. The chosen numbers flatter a little, because they were chosen. `paper` takes the papers' full
+# training at the papers' rates. Fusions and scores of the ablation take CBA-FAPT's.
 #
 # Expect little at this scale. A frozen, undefended tower bends only so far under a handful of tokens and steps; what can be
 # seen here is whether the map terms change anything beside the same losses without them.

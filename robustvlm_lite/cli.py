@@ -102,23 +102,7 @@ def _add_evaluate_options(sub: Parser) -> None:
     sub.add_argument("--eps-255", type=float, default=1.0, metavar="ε", help="budget in 1/255, ℓ∞ (%(default)s)")
     sub.add_argument("--steps", type=int, metavar="N", help="steps of the attack; left out: 20 for pgd, else its own")
     sub.add_argument("-n", type=int, metavar="N", help="images, balanced over classes; left out: up to 500")
-    sub.add_argument("--device", default="", type=_device, metavar="NAME", help="cpu or cuda; left out: cuda where there is one")
-
-
-def _device(name: str) -> str:
-    """A device that tensors can be made on; torch knows names of many that it was not built for."""
-    import torch
-
-    from .runtime import UserError, resolve_device
-
-    try:
-        torch.empty(0, device=resolve_device(name))
-    except UserError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    except Exception as error:  # each backend has an error of its own
-        reason = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"expected a device of this machine, cpu or cuda, got {name!r} ({reason})") from None
-    return name
+    sub.add_argument("--device", default="", metavar="NAME", help="cpu or cuda; left out: cuda where there is one")
 
 
 # ---- commands
@@ -156,9 +140,27 @@ def _run(args) -> None:
     _report(card, args.began)
 
 
+def _check_device(name: str) -> None:
+    """That tensors can be made there: torch knows names of many devices that it was not built for.
+
+    Not the parser's work, which also reads jobs of a grid, where torch or the job's GPU need not be.
+    """
+    import torch
+
+    from .runtime import UserError, resolve_device
+
+    device = resolve_device(name)
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:  # each backend has an error of its own
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device: expected a device of this machine, cpu or cuda, got {name!r} ({reason})") from None
+
+
 def _evaluate(args) -> None:
     from .practitioner import evaluate_own
 
+    _check_device(args.device)
     options = {k: v for k, v in vars(args).items() if k not in ("function", "began", "steps")}
     if args.steps is not None:
         options["attack"] = f"{args.attack}-{args.steps}"

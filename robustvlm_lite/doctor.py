@@ -15,7 +15,7 @@ from typing import Any
 
 PACKAGE = Path(__file__).resolve().parent
 NEEDED_GB = 2  # of free disk: a run's folder, the built book, caches
-REINSTALL = "uv pip install -r requirements.lock -e ."
+REINSTALL = ".venv/bin/uv pip install -r requirements.lock -e ."
 
 
 class Problem(Exception):

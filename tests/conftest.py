@@ -59,8 +59,8 @@ def register(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def data_root() -> Path:
-    """Folder of the image packs: ROBUSTVLM_DATA_ROOT, or shared/data beside the checkout."""
-    path = Path(os.environ.get("ROBUSTVLM_DATA_ROOT") or ROOT.parent / "shared" / "data")
+    """Folder of the image packs: ROBUSTVLM_DATA_ROOT, or data/ in the checkout, which git ignores."""
+    path = Path(os.environ.get("ROBUSTVLM_DATA_ROOT") or ROOT / "data")
     if not (path / "cifar10" / "classes.json").is_file():
         pytest.skip(f"no image packs at {path}: set ROBUSTVLM_DATA_ROOT to the folder that holds cifar10/, pacs/, …")
     return path

@@ -84,14 +84,18 @@ def value(row: Mapping) -> str:
 def claims(cards: Mapping[str, dict]) -> Html:
     """Every claim of the book with its verdict, its card, or what would test it."""
     lines = [_claim_line(v, cards) for v in book_verdicts(cards)]
-    return table(lines, caption="Every claim of the papers, in our words.", published=("published",), kind="claims")
+    caption = "Every claim of the papers, in our words; those that begin with (ours) are this book's."
+    return table(lines, caption=caption, published=("published",), kind="claims")
 
 
 def verdict_counts(cards: Mapping[str, dict]) -> str:
-    """A sentence of how many claims have which verdict."""
-    said = [v.verdict for v in book_verdicts(cards)]
-    counted = [f"{badge(name)} {said.count(name)}" for name in VERDICTS]
-    return f'<p class="rvl-counts">{len(said)} claims: {" · ".join(counted)}</p>'
+    """How many claims have which verdict, those of the papers apart from the book's own."""
+    found, lines = book_verdicts(cards), []
+    for whose, ours in (("of the papers", False), ("of this book's own", True)):
+        said = [v.verdict for v in found if (v.claim["paper"] == "none") == ours]
+        counted = [f"{badge(name)} {said.count(name)}" for name in VERDICTS if not ours or name in said]
+        lines += [f"{len(said)} claims {whose}: {' · '.join(counted)}"] if said else []
+    return f'<p class="rvl-counts">{"<br>".join(lines)}</p>'
 
 
 def _claim_line(v: Verdict, cards: Mapping[str, dict]) -> dict:
@@ -102,8 +106,8 @@ def _claim_line(v: Verdict, cards: Mapping[str, dict]) -> dict:
     return {
         "claim": chapter_link(v.claim["chapter"], v.claim["id"]) if known else v.claim["id"],
         "verdict": badge(v.verdict),
-        "what the paper states": v.claim["statement"],
-        "published": f"{v.claim['published']} ({v.claim['paper']}, {v.claim['where']})",
+        "what is claimed": v.claim["statement"],
+        "published": "–" if v.claim["paper"] == "none" else f"{v.claim['published']} ({v.claim['paper']}, {v.claim['where']})",
         "card, or what would test it": source,
     }
 

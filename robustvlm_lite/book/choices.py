@@ -63,7 +63,7 @@ def home(run, chapter: str, name: str, n: int) -> Home:
     sizes = runtime.profile(chapter, run.profile)
     pool, test = run.load(name, "train", n=dict(sizes.train)[name]), images(run, (name, n))
     asked = run.parameters | {"eps_255": sizes.eps_255}
-    inside = replace(run, chapter=chapter, sizes=sizes, parameters=asked, card=SimpleNamespace(chapter=chapter))
+    inside = replace(run, chapter=chapter, sizes=sizes, parameters=asked)
     kind = base_to_new if chapter == "06_cba_fapt" else in_distribution
     return Home(run, inside, backbone(inside), kind(pool, test, sizes.shots), get_attack(sizes.pgd))
 

@@ -1,6 +1,6 @@
 """What chapter 07 measures beside its main table: attackers that know more and more, AutoAttack's flags, another tower."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -46,15 +46,23 @@ def own_images(
 
 
 def on_another_tower(
-    run, recipes: Mapping[str, Recipe], tests: Sequence[ImageSet], attack: Attack, *, model: str, n: int, eps_255: float
+    run,
+    recipes_on: Callable[[ImageSet], Mapping[str, Recipe]],
+    tests: Sequence[ImageSet],
+    attack: Attack,
+    *,
+    model: str,
+    n: int,
+    eps_255: float,
 ) -> tuple[list[Row], list[ImageSet]]:
     """(rows, sets) of CLIP and defenses on the first n images, by class, of each set, attacked on that tower undefended.
 
-    model: a registered CLIP. Rows are named "R-TPT, <model>", so that no claim about the page's own tower reads them.
+    recipes_on: what a data set is defended with. model: a registered CLIP. Rows are named "R-TPT, <model>", so that no claim
+    about the page's own tower reads them.
     """
     clip, rows, sets = load_clip(model, device=run.device), [], [d.balanced(min(n, len(d)), run.seed) for d in tests]
     for data in sets:
-        built = {m: build_test_time(m, clip, recipe).classifier(data.class_names) for m, recipe in recipes.items()}
+        built = {m: build_test_time(m, clip, recipe).classifier(data.class_names) for m, recipe in recipes_on(data).items()}
         bare = next(iter(built.values())).undefended()
         shown = {"none": data.pixels(), attack.name: craft(run, attack, bare.fast(), data, eps_255, f"{attack.name} on {model}")}
         named = {f"{m}, {model}": other for m, other in ({"CLIP": bare} | built).items()}

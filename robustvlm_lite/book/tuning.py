@@ -28,10 +28,15 @@ def backbone(run) -> ZeroShotCLIP:
     return defenses.load_defense(run.sizes.backbone, run.load_clip()).clip
 
 
+def protocol(run) -> str:
+    """What a search of learning rates is filed under: "05_capt-tiny", the chapter whose protocol it is and the profile."""
+    return f"{run.chapter}-{run.profile}"
+
+
 def factor(run, name: str) -> float:
     """On the paper's learning rate of a method: the profile's, or the one that was searched for it; 1 in a full training."""
     rate = getattr(run.sizes, "tuning", {"rate": 1.0})["rate"]
-    return defenses.searched_rate(run.sizes.model, run.card.chapter, name) if rate == defenses.SEARCHED else rate
+    return defenses.searched_rate(run.sizes.model, protocol(run), name) if rate == defenses.SEARCHED else rate
 
 
 def plan(run, name: str, train: ImageSet) -> PromptTraining:
@@ -51,14 +56,14 @@ def factors_table(run, methods: Sequence[str]) -> Html:
     if getattr(run.sizes, "tuning", {}).get("rate") != defenses.SEARCHED:
         lines = [{"method": m, "factor": f"{factor(run, m):g}"} for m in methods]
         return table(lines, caption="Factor on each paper's learning rate: one for all methods, not searched under this profile.")
-    found = defenses.rate_search(run.sizes.model)["chapters"][run.card.chapter]
+    found = defenses.rate_search(run.sizes.model, protocol(run))
     lines = [{"method": "hand-written prompts", "tried": "–", "taken": "–"} | _held(found["untuned"])]
     for m in methods:
         scored = defenses.scores(found, m)
         best, at = defenses.winner(scored), {f"{rate:g}": _held(s) for rate, s in scored.items()}
         lines.append({"method": m, "tried": ", ".join(at), "taken": f"{best:g}"} | at[f"{best:g}"] | {"score of 10": at["10"]["score"]})
-    images, seeds = f"n = {found['held']} held-back training images of {found['set']}", f"{len(found['seeds'])} tunings a factor"
-    how = f"clean and {found['attack']} at ε = {found['eps_255']:g}/255, in percent, means of {seeds}; the score is the mean of both"
+    images, seeds = f"n = {found['held']} held-back training images of {found['set']}", f"tunings a factor: {len(found['seeds'])}"
+    how = f"clean and {found['attack']} at ε = {found['eps_255']:g}/255, in percent, {seeds}; the score is the mean of both"
     return table(lines, caption=f"Factors on each paper's learning rate, tried on {images}: {how}.")
 
 

@@ -62,7 +62,8 @@ def test_claims_have_a_verdict_a_card_or_a_price(cards, monkeypatch):
     assert "Not tested: it needs paper." in b and "2.5 GPU hours" in b
     assert "no card yet" in c and "GPU" not in c
     counts = site_tables.verdict_counts(cards)
-    assert "3 claims:" in counts and "not tested</span> 2" in counts and "reproduced</span> 1" in counts
+    assert "3 claims of the papers:" in counts and "own" not in counts
+    assert "not tested</span> 2" in counts and "reproduced</span> 1" in counts
 
 
 @pytest.mark.parametrize("hours, told", [(2.54, "2.5 GPU hours"), (0.5, "30 GPU minutes"), (0.01, "36 GPU seconds")])

@@ -29,6 +29,14 @@ def test_every_combination_is_one_command_that_parses():
     assert not any("/" in name for name in found)
 
 
+def test_a_plan_needs_no_torch():
+    """The grid's own environment holds Snakemake alone, and a login node of a cluster has no GPU."""
+    grid = {"grid": [RUN | {"parameters": {"device": "cuda"}}, OWN | {"device": "cuda"}]}
+    code = f"import sys; sys.modules['torch'] = None; from jobs import read_jobs; print(len(read_jobs({grid!r})))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "workflow", capture_output=True, text=True)
+    assert done.stdout == "4\n", done.stderr
+
+
 def test_minutes_and_gpus_follow_the_profile_and_the_device():
     minutes = yaml.safe_load(cli.PROFILES.read_text())["01_clip"]["profiles"]["paper"]["minutes"]
     paper, cuda, own = (

@@ -81,7 +81,7 @@ def test_another_tower_names_its_rows_and_shows_everyone_the_same_images(run, mo
     pixels = torch.randint(0, 256, (4, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     tests = [ImageSet("toy", pixels, torch.arange(4) % 2, ("a dog", "a cat"), ("a {}.",))]
     recipes = {"View ensemble": defenses.TEST_TIME["View ensemble"].fewer(2)}
-    rows, sets = ladder.on_another_tower(run, recipes, tests, attacks.get_attack("pgd-2"), model="nano", n=2, eps_255=1.0)
+    rows, sets = ladder.on_another_tower(run, lambda data: recipes, tests, attacks.get_attack("pgd-2"), model="nano", n=2, eps_255=1.0)
     assert len(sets[0]) == 2 and {r.method for r in rows} == {"CLIP, nano", "View ensemble, nano"}
     assert {(r.attack, r.n) for r in rows} == {("none", 2), ("pgd-2", 2)}
     wide = [SimpleNamespace(name=f"small/s{i}") for i in range(4)]

@@ -27,7 +27,7 @@ SHORT = {"steps": 20, "batch": 8, "rate": 10.0}
 def toy_run(clip, tmp_path, parameters=None, **sizes):
     sizes = {"shots": 2, "seeds": [1, 2], "backbone": "none"} | sizes
     run = {"parameters": {"eps_255": 1.0} | (parameters or {}), "seed": 0, "out": tmp_path, "load_clip": lambda: clip}
-    run |= {"device": torch.device("cpu")}
+    run |= {"device": torch.device("cpu"), "chapter": "05_capt", "profile": "tiny"}
     run |= {"card": Card("05_capt", "tiny", 0, {"eps_255": 1.0}, device="cpu"), "store": Store(tmp_path / "cells")}
     return SimpleNamespace(sizes=SimpleNamespace(**sizes), **run)
 
@@ -117,7 +117,7 @@ def searched(monkeypatch):
     trials = [dict(zip(("method", "rate", "seed", "clean", "robust"), (m, *t), strict=True)) for m, ts in TRIALS.items() for t in ts]
     facts = {"set": "toy", "held": 40, "eps_255": 2.0, "attack": "pgd-10", "seeds": [1, 2], "trials": trials}
     facts |= {"untuned": {"clean": 0.5, "robust": 0.1}}
-    monkeypatch.setattr(rates, "rate_search", lambda base: {"chapters": {"05_capt": facts}})
+    monkeypatch.setattr(rates, "rate_search", lambda base, protocol: facts if protocol == "05_capt-tiny" else {"trials": []})
     monkeypatch.setattr(defenses, "rate_search", rates.rate_search)
 
 
@@ -127,31 +127,33 @@ def test_a_method_takes_the_factor_that_was_searched_for_it(clip, tmp_path, monk
     run = toy_run(clip, tmp_path, tuning=SHORT | {"rate": "searched"}, model="nano")
     assert tuning.plan(run, "CAPT", photos(12, 64)).lr == pytest.approx(10 * PROMPT_METHODS["CAPT"].style.lr)  # 0.4, 0.45, 0.325
     assert tuning.plan(run, "APT", photos(12, 64)).lr == pytest.approx(3 * PROMPT_METHODS["APT"].style.lr), "all score 0.5"
-    with pytest.raises(UserError, match="no learning rate was searched for 'FAP' in 05_capt"):
+    with pytest.raises(UserError, match="no learning rate was searched for 'FAP' in 05_capt-tiny"):
         tuning.plan(run, "FAP", photos(12, 64))
     text = str(book.factors_table(run, ["CAPT", "APT"]))
-    for cell in ("hand-written prompts", "3, 10, 30", "45.0", "70.0", "n = 40 held-back training images", "2 tunings a factor"):
+    for cell in ("hand-written prompts", "3, 10, 30", "45.0", "70.0", "n = 40 held-back training images", "tunings a factor: 2"):
         assert cell in text
     one = str(book.factors_table(toy_run(clip, tmp_path, tuning=SHORT), ["FAP"]))
     assert "one for all methods, not searched" in one and "10" in one
     assert tuning.factor(toy_run(clip, tmp_path), "FAP") == 1.0, "a full training keeps the paper's rate"
 
 
-def test_every_method_of_a_searched_profile_has_its_trials():
-    """The committed search: the same grid and seeds for every method that a chapter tunes, and no end that still wins."""
-    found = defenses.rate_search("nano")
+@pytest.mark.parametrize("name", ["tiny", "small"])
+@pytest.mark.parametrize("chapter", ["05_capt", "06_cba_fapt"])
+def test_every_method_of_a_searched_profile_has_its_trials(chapter, name):
+    """The committed searches: the same grid and seeds for every method that a chapter tunes, and no end that still wins."""
+    found, sizes = defenses.rate_search("nano", f"{chapter}-{name}"), profile(chapter, name)
+    assert sizes.tuning["rate"] == "searched"
     assert found["base_sha256"] == load_clip("nano", device="cpu").weights_sha256, "the search was on other weights"
-    for chapter, facts in found["chapters"].items():
-        sizes = profile(chapter, "tiny")
-        asked = [m for m in (*sizes.methods, *getattr(sizes, "general", []), *getattr(sizes, "components", [])) if m != "HEP"]
-        assert {facts[k] for k in ("steps", "batch")} <= set(sizes.tuning.values()) and facts["eps_255"] == sizes.eps_255
-        for method in asked:
-            trials = [t for t in facts["trials"] if t["method"] == method]
-            tried = sorted({t["rate"] for t in trials})
-            assert {3.0, 10.0, 30.0} <= set(tried), (chapter, method)
-            assert sorted((t["rate"], t["seed"]) for t in trials) == [(r, s) for r in tried for s in facts["seeds"]]
-            best = defenses.winner(defenses.scores(facts, method))
-            assert best in (1.0, 3000.0) or best not in (tried[0], tried[-1]), f"{chapter}, {method}: {best} wins at an end"
+    assert (found["set"], found["eps_255"]) == (sizes.train[0][0], sizes.eps_255)
+    assert {key: found[key] for key in ("steps", "batch")} == {key: sizes.tuning[key] for key in ("steps", "batch")}
+    asked = [m for m in (*sizes.methods, *getattr(sizes, "general", []), *getattr(sizes, "components", [])) if m != "HEP"]
+    for method in asked:
+        trials = [t for t in found["trials"] if t["method"] == method]
+        tried = sorted({t["rate"] for t in trials})
+        assert {3.0, 10.0, 30.0} <= set(tried), method
+        assert sorted((t["rate"], t["seed"]) for t in trials) == [(r, s) for r in tried for s in found["seeds"]]
+        best = defenses.winner(defenses.scores(found, method))
+        assert best in (1.0, 3000.0) or best not in (tried[0], tried[-1]), f"{method}: {best} wins at an end"
 
 
 # --- several seeds
