@@ -24,8 +24,8 @@
 #
 # | | |
 # |---|---|
-# | Paper | Feng et al., AAAI 2026 {cite}`feng2026cba`; no code is public |
-# | Threat model | ℓ∞, white box, 1/255 in training and test (the paper's), in pixels |
+# | Paper | Feng et al., AAAI 2026 {cite}`feng2026cba`; we found no code |
+# | Threat model | ℓ∞, white box, 1/255 in training (the paper's) and in test (our reading), in pixels |
 # | What is trained | prompts in both towers of an *undefended* CLIP, coupled as in FAP {cite}`zhou2024fap` |
 # | What runs at test time | CLIP with those prompts; no map is computed |
 # | Gradients usable? deterministic? | yes, and yes |
@@ -133,11 +133,15 @@ book.show(fig, "problem", alt="A photograph, its attacked copy that looks the sa
 # |---|---|---|---|
 # | $q$, $o$ | query and attention output of the token that is read, last block | `[B, W]` | `tail.q`, `tail.o` |
 # | $k_j$, $v_j$ | keys and values of all tokens | `[B, L, W]` | `tail.k`, `tail.v` |
+# | $r$ | residual stream of that token; its feature is `head(o, r)` | `[B, W]` | `tail.r` |
 # | $S$ | score, the cosine of image and class text | `[B]` | `score` |
 # | $w$ | $\partial S/\partial o$ | `[B, W]` | `w` |
 # | $\lambda_j$ | cosine of $q$ and $k_j$ | `[B, L]` | `forward` |
 # | $A_v$, $A_t$ | maps over patches, over context and class name ($A_t$: our reading) | `[B, P]`, `[B, T]` | `image_map`, `text_map` |
 # | $\beta$, $\gamma$ | weights of the two terms, 0.05 and 0.03 (paper) | scalars | `beta`, `gamma` |
+#
+# W is the width, L counts tokens, P patches, T words. A `tail` is the last block, split at the token that is read; `content` marks
+# patches, or context and class name.
 
 # %% [markdown]
 # ## The map
@@ -259,8 +263,9 @@ assert error < 1e-3
 #
 # $$L = \mathrm{CE}(x) + 5\,\mathrm{CE}(x_a) + 0.05\,\tfrac1B\sum\big\|A_v(x) - A_v(x_a)\big\|_2 + 0.03\,\tfrac1B\sum \mathrm{KL}\big(A_t(x)\,\|\,A_t(x_a)\big)$$
 #
-# KL needs distributions, and $A_t$ is signed. Our default, N1, writes positive and negative evidence side by side and divides
-# by their sum; the paper does not say.
+# KL needs distributions, and $A_t$ is signed. Our default, N1, writes positive and negative evidence side by side, divides
+# by their sum, and mixes in a thousandth of the uniform distribution, without which a token that changes sides would make KL
+# infinite. The paper does not say.
 
 
 # %%
@@ -293,7 +298,7 @@ for name, value in mine.items():
 #
 # ## Paper versus code
 #
-# There is no code. The paper leaves open, or says two ways:
+# We found no code. The paper leaves open, or says two ways:
 #
 # | what | paper | ours | switch | effect on this page |
 # |---|---|---|---|---|
@@ -322,16 +327,16 @@ def shares_of(**change):
     terms = defense.losses(batch)
     found = defenses.gradient_shares(terms, defense.learned())
     return {"switch": ", ".join(f"{k} = {v}" for k, v in change.items()) or "as above", "mean |A_v|": f"{batch.notes['map']:.1e}",
-            "β L_VAA": f"{terms['vaa'].item():.1e}", "its share": f"{found['vaa']:.1e}",
-            "γ L_TAA": f"{terms['taa'].item():.1e}", "its share of force": f"{found['taa']:.1e}"}  # fmt: skip
+            "β L_VAA": f"{terms['vaa'].item():.1e}", "share of β L_VAA": f"{found['vaa']:.1e}",
+            "γ L_TAA": f"{terms['taa'].item():.1e}", "share of γ L_TAA": f"{found['taa']:.1e}"}  # fmt: skip
 
 
 changes = [{}, {"score_scale": 100.0}, {"length": "l2"}, {"score": "logprob"}, {"stop_clean": True}]
-changes += [{"text_norm": norm} for norm in ("N2", "N3", "N4", "N5")]
+changes += [{"fusion": f} for f in sizes.fusions] + [{"text_norm": norm} for norm in ("N2", "N3", "N4", "N5")]
 lines = [shares_of(**change) for change in changes]
-book.glue("share-vaa", float(lines[0]["its share"]))
-book.glue("share-taa", float(lines[0]["its share of force"]))
-book.glue("share-n4", float(lines[-2]["its share of force"]))
+book.glue("share-vaa", float(lines[0]["share of β L_VAA"]))
+book.glue("share-taa", float(lines[0]["share of γ L_TAA"]))
+book.glue("share-n4", float(lines[-2]["share of γ L_TAA"]))
 book.table(lines, caption=f"Value and force of the map terms at the paper's weights, n = {len(x)}, before the first step; share: length of the term's gradient in the prompts over that of the whole loss.")
 
 # %% [markdown]
@@ -344,12 +349,13 @@ book.table(lines, caption=f"Value and force of the map terms at the paper's weig
 #
 # These are forces at the start of training; they change as it goes on. They can be computed in a minute for any published loss.
 #
-# Before any conclusion about *attribution*, then, comes a rival that the paper's comparison lacks: the same two
-# cross-entropies without maps. If it comes as far as the whole, maps are not what helped.
+# Before any conclusion about *attribution*, then, comes a rival that the paper shows in its ablation, without standard
+# deviations and not beside FAP: the same two cross-entropies without maps. If it comes as far as the whole, maps are not what helped.
 #
 # ## Tune everything
 #
-# HEP is CLIP with its hand-written template. AdvMaPLe trains prompts, coupled the other way, on attacked images alone. FAP takes the
+# HEP is CLIP with its hand-written template. AdvMaPLe trains prompts, coupled the other way, on attacked images alone; AdvVLP, in
+# larger profiles, the same on prompts of both towers that are not coupled. FAP takes the
 # cross-entropy of clean images and a consistency of attacked with clean answers instead.
 #
 # *Adversarial only* is 5 CE of attacked images on CBA-FAPT's own prompts, *no maps* is CE + 5 CE. All see the same
@@ -402,7 +408,7 @@ for s in summaries:
 book.published_table("06_cba_fapt")
 
 # %% [markdown]
-# On new classes CBA-FAPT keeps {glue:text}`new-CBA-FAPT:.0f` percent under attack, the base without maps
+# On new classes CBA-FAPT keeps {glue:text}`new-CBA-FAPT:.0f` percent under attack, the same loss without maps
 # {glue:text}`new-no-maps:.0f`, FAP {glue:text}`new-FAP:.0f`, hand-written prompts {glue:text}`new-HEP:.0f`.
 #
 # Read the published columns with three reservations. The row *L_adv* equals FAP's published row for AdvMaPLe, whose prompts
@@ -418,7 +424,7 @@ def over(part, method, reference="CBA-FAPT (no maps)", metric="robust_acc"):
 
 
 RIVALS = [m for m in sizes.methods if m != "CBA-FAPT (no maps)"]
-figs = [plots.paired_bars({m: over(part, m) for m in RIVALS}, reference="the base", title=f"{part} classes") for part in ("base", "new")]
+figs = [plots.paired_bars({m: over(part, m) for m in RIVALS}, reference="no maps", title=f"{part} classes") for part in ("base", "new")]
 for part in ("base", "new"):
     book.glue(f"maps-{part}", book.compared(over(part, "CBA-FAPT")))
     for name, rival in (("only", "CBA-FAPT (adversarial only)"), ("maple", "AdvMaPLe")):
@@ -428,7 +434,7 @@ book.show(figs, "paired", alt="Paired differences in robust accuracy to the loss
           caption=f"{pgd.label}, ε = {eps_255:g}/255, {len(sizes.seeds)} seeds, n = {parts}: difference to CE + 5 CE without maps on the same images, 95 % paired interval over images.")  # fmt: skip
 
 # %% [markdown]
-# The base here is CE + 5 CE. Beside the same loss without maps, the prompts with maps keep {glue:text}`maps-base` it on base classes and
+# Beside the same loss without maps, the prompts with maps keep {glue:text}`maps-base` it on base classes and
 # {glue:text}`maps-new` it on new ones.
 #
 # Under `tiny` the two answer almost every image alike, as their coinciding curves foretell: terms
@@ -490,7 +496,8 @@ book.sanity_table(checks)
 # %% [markdown]
 # ## An attack that knows the defense
 #
-# The paper tests with PGD whose step is the whole budget, last iterate, as FAP does (published). Such steps jump between the
+# The paper tests with PGD of 100 steps and states neither their size nor the budget. Its rivals' numbers are FAP's, whose steps take the
+# whole budget and whose last iterate counts (published); we read it so. Such steps jump between the
 # corners of the box. FAP's own table loses several points when APGD takes its place (published).
 #
 # And the training held the maps in place for PGD on cross-entropy. So let an attacker use them: raise the margin, and push the
@@ -522,8 +529,10 @@ STRONG = ["FAP", "CBA-FAPT (no maps)", "CBA-FAPT"]
 hit = book.measure_each(run, [by_name[m] for m in STRONG], base, [(a, threat) for a in (pgd, *strong)], seed=main)
 worst = [evaluate.worst_case([r for r in hit if r.method == m]) for m in STRONG]
 run.card.add(worst)
-for r in worst:
-    book.glue(f"worst-{r.method.replace('CBA-FAPT (no maps)', 'no-maps')}", 100 * r.value)
+stood = {r.method.replace("CBA-FAPT (no maps)", "no-maps"): r for r in worst}
+for name, r in stood.items():
+    book.glue(f"worst-{name}", 100 * r.value)
+    book.glue(f"worst-over-{name}", book.compared(evaluate.paired(stood["CBA-FAPT"].records, r.records)))
 for name, attack in (("evidence", through_map.name), ("plain", pgd.name), ("margin", strong[1].name)):
     book.glue(name, 100 * next(r.value for r in hit if (r.method, r.attack, r.metric) == ("CBA-FAPT", attack, "robust_acc")))
 names = {sizes.pgd_paper: "step ε"}
@@ -533,7 +542,7 @@ display(book.accuracy_table(hit + worst, columns=columns, caption=f"{base.name},
 book.sanity_table([sanity.attack_order(hit)])
 
 # %% [markdown]
-# The column *step ε* is the paper's test attack; its distance to the worst case is what such steps leave standing here.
+# The column *step ε* is the paper's test attack as we read it; its distance to the worst case is what such steps leave standing here.
 #
 # The attack on the evidence raises the margin and moves the map, so CW, the margin alone, is its control. Going for the evidence leaves
 # CBA-FAPT {glue:text}`evidence:.0f` percent, CW {glue:text}`margin:.0f`, plain PGD {glue:text}`plain:.0f`. An adaptive attack that does less than
@@ -541,7 +550,7 @@ book.sanity_table([sanity.attack_order(hit)])
 #
 # The worst case keeps CBA-FAPT at
 # {glue:text}`worst-CBA-FAPT:.0f` percent, the loss without maps at {glue:text}`worst-no-maps:.0f`, FAP at
-# {glue:text}`worst-FAP:.0f`.
+# {glue:text}`worst-FAP:.0f`. Image by image it keeps {glue:text}`worst-over-no-maps` without maps and {glue:text}`worst-over-FAP` FAP.
 #
 # ## Faithful, or only flatter?
 #
@@ -550,9 +559,9 @@ book.sanity_table([sanity.attack_order(hit)])
 # shows what the decision rests on, the probability of the class falls fast in the first case and rises fast in the second.
 
 # %%
-lines, drawn = [], {}
-for name in ("HEP", *STRONG):
-    model = bare.for_classes(scenes.class_names) if name == "HEP" else by_name[name].classifier(scenes.class_names)
+lines, drawn, shots_of = [], {}, scenario.train(main).name
+for name in ("untuned", *STRONG):
+    model = bare.for_classes(scenes.class_names) if name == "untuned" else by_name[name].classifier(scenes.class_names)
     adv = pgd.run(model.fast(), pixels, labels, threat, keys)
     a, b = (attention.explain(model, images, labels)[0] for images in (pixels, adv))
     curve = {way: attention.patch_curve(model, pixels, labels, a, way) for way in ("deletion", "insertion")}
@@ -563,8 +572,8 @@ for name in ("HEP", *STRONG):
         book.glue(f"{kind}-{name}", v)
     lines.append({"method": name, "moved by attack": f"{((a - b).norm(dim=1) / a.norm(dim=1)).mean():.2f}", "mean |A_v|": f"{a.abs().mean():.1e}",
                   "IoU": f"{attention.map_iou(a.cpu(), scenes.masks).mean():.3f}", "insertion − deletion": f"{gap[0]:.3f}", "same, random order": f"{gap[1]:.3f}"})  # fmt: skip
-    drawn |= {f"{name}: {way}": c.mean(0).tolist() for way, c in curve.items()} if name in ("HEP", "CBA-FAPT") else {}
-display(book.table(lines, caption=f"{scenes.name}, n = {len(scenes)}, image map F1; movement under {pgd.name} on each model, ε = {eps_255:g}/255. Insertion − deletion: difference of areas, higher is more faithful."))
+    drawn |= {f"{name}: {way}": c.mean(0).tolist() for way, c in curve.items()} if name in ("untuned", "CBA-FAPT") else {}
+display(book.table(lines, caption=f"{scenes.name}, n = {len(scenes)}, image map F1; movement under {pgd.name} on each model, ε = {eps_255:g}/255. Insertion − deletion: difference of areas, higher is more faithful. Prompts were tuned on {shots_of}; scenes are another domain, taken for their masks. No intervals: read large differences only."))
 fig = plots.convergence(drawn, quantity="probability of the class (%)", steps="eighths of the patches changed", percent=True)
 book.show(fig, "faithful", alt="Probability of the class as patches are deleted or inserted in the order of the map, before and after tuning",
           caption=f"{scenes.name}: mean probability of the true class while patches change in the map's order.")  # fmt: skip
@@ -573,7 +582,7 @@ book.show(fig, "faithful", alt="Probability of the class as patches are deleted 
 # The random order is the control. Any order of deletion lowers the probability in the end, and on scenes with one small object
 # most orders lower it late; what counts is the distance to that.
 #
-# On the untuned tower the area between the curves is {glue:text}`faith-HEP:.2f`, in random order {glue:text}`random-HEP:.2f`; after CBA-FAPT
+# On the untuned tower the area between the curves is {glue:text}`faith-untuned:.2f`, in random order {glue:text}`random-untuned:.2f`; after CBA-FAPT
 # {glue:text}`faith-CBA-FAPT:.2f` and {glue:text}`random-CBA-FAPT:.2f`. Below the random order a map points *away* from what the decision rests on.
 #
 # Read each row against its last column. A map whose order does no better than a random one explains nothing, however still it
@@ -596,14 +605,14 @@ book.accuracy_table(ablation, columns=columns, caption=f"{test.name}, seed {main
 # %% [markdown]
 # Weights of the maps, the norms N2 to N5 and the forms of FAP stand in [appendix 11](11_prompt_choices.py).
 #
-# The first row lacks the natural loss. The next two are the base and the whole; between them lies all that the maps can claim. The rows of single terms say
+# The first row lacks the natural loss. The next two are the loss without maps and the whole; between them lies all that the maps can claim. The rows of single terms say
 # which of the two maps, if any, it came from, and *FAP's loss* puts the maps where the method's name says that they are.
 #
 # Under F5a the text term is exactly zero: its forward weight never sees the image.
 #
-# If F5a, which needs no gradient, does as well as F1, "bidirectional" is not needed. If F3, which cuts negative evidence, does
-# as well, keeping it is not needed. If all rows agree within their intervals, the term hardly matters at its weight, which is
-# what the shares above would lead one to expect.
+# All fusions have the same β on maps of different size, so their terms differ in force, as the table of shares shows. Read two fusions
+# against each other only where a row differs from *no maps* beyond its interval. Where none does, no row says anything about
+# directions or negative evidence: the term is too weak to be tested, which is what the shares would lead one to expect.
 #
 # ## What it costs
 
@@ -613,7 +622,7 @@ robust = {r.method: r for r in rows if (r.dataset, r.metric, r.extra["seed"]) ==
 points = {m: (s, robust[m].value, *robust[m].ci95) for m, s in seconds.items() if m != "CBA-FAPT (adversarial only)"}
 book.show(plots.cost_scatter(points, cost="seconds per tuning step"), "cost",
           alt="Scatter of seconds per tuning step against robust accuracy on base classes, one point a method",
-          caption="Price and yield of a tuning step in this run; medians. The method with the adversarial term alone takes the passes of the one without maps and is left out.")  # fmt: skip
+          caption="Price and yield of a tuning step in this run, each tuning on one core while others ran; medians. The method with the adversarial term alone takes the passes of the one without maps and is left out.")  # fmt: skip
 
 # %% [markdown]
 # The map terms cost one backward pass from the score to the last block's attention output, and the second derivative of
@@ -627,8 +636,8 @@ book.show(plots.cost_scatter(points, cost="seconds per tuning step"), "cost",
 # (verdict-cba)=
 # ## Verdict
 #
-# The rules compare methods by paired intervals. C1 to C4 average each image's verdicts over three tunings, C5 has one tuning a
-# method; images are resampled in both. An interval says what other images would change, not what other shots would: that is the ±
+# The rules compare methods by paired intervals. C1 to C4 average each image's verdicts over the tunings there are: those of all
+# seeds on the main set, one on further sets, and sets count alike. C5 has one tuning a method; images are resampled in both. An interval says what other images would change, not what other shots would: that is the ±
 # of the table.
 #
 # Where an interval covers zero, these images cannot tell. One of no width means that no image got another verdict, which is not
@@ -643,7 +652,7 @@ book.claims_table("06_cba_fapt", card=run.card)
 #
 # A solution is folded under each; the line at its end checks it, and yours.
 #
-# **1 (easy).** Write N1, `signed_split(a)`: positive and negative evidence side by side, each row a distribution.
+# **1 (easy).** Write N1 without its smoothing, `signed_split(a)`: positive and negative evidence side by side, each row a distribution.
 
 
 # %% tags=["hide-input"] jupyter={"source_hidden": true} cellView="form"
@@ -690,8 +699,9 @@ exercises.check_flatter(steady)
 # - With the score as printed, a cosine, the image term carries {glue:text}`share-vaa:.1e` of the first gradient on this tower; with the
 #   score times 100, which the paper does not exclude, a hundred times that. Measure a term before you credit it.
 # - In our reading the text map is linear in the image feature: before it is normalized, its term matches features through a window.
-# - Under every attack together CBA-FAPT keeps {glue:text}`worst-CBA-FAPT:.0f`, the base
-#   {glue:text}`worst-no-maps:.0f`, FAP {glue:text}`worst-FAP:.0f` percent of the base classes' images.
+# - Under every attack together CBA-FAPT keeps {glue:text}`worst-CBA-FAPT:.0f`, the loss without maps
+#   {glue:text}`worst-no-maps:.0f`, FAP {glue:text}`worst-FAP:.0f` percent of the base classes' images: CBA-FAPT keeps
+#   {glue:text}`worst-over-no-maps` without maps and {glue:text}`worst-over-FAP` FAP.
 # - A map that stands still is not thereby faithful: ask by deletion and insertion.
 #
 # `defenses.build_prompts("CBA-FAPT", clip).fit(shots, attack=..., training=...)` tunes it on your own images;

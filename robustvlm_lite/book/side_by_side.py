@@ -189,7 +189,7 @@ class Price:
     texts: float
 
 
-def prices(run, candidates: Sequence[Candidate], data: ImageSet, *, rounds: int = 3) -> dict[str, Price]:
+def prices(run, candidates: Sequence[Candidate], data: ImageSet, *, rounds: int = 9) -> dict[str, Price]:
     """Each candidate asked about all images of `data`, one after the other in every round; rows go into the card.
 
     Seconds are per image of the batch; memory and passes are those of the first image, asked alone.

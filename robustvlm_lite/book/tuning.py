@@ -57,6 +57,8 @@ def factors_table(run, methods: Sequence[str]) -> Html:
         lines = [{"method": m, "factor": f"{factor(run, m):g}"} for m in methods]
         return table(lines, caption="Factor on each paper's learning rate: one for all methods, not searched under this profile.")
     found = defenses.rate_search(run.sizes.model, protocol(run))
+    if "untuned" not in found or any(10.0 not in defenses.scores(found, m) for m in methods):
+        raise UserError(f"no finished search of learning rates for {protocol(run)}; run data_scripts/train_prompts.py --search")
     lines = [{"method": "hand-written prompts", "tried": "–", "taken": "–"} | _held(found["untuned"])]
     for m in methods:
         scored = defenses.scores(found, m)
@@ -172,7 +174,8 @@ def scenario_table(summaries: Sequence[Summary], *, caption: str) -> Html:
         line |= {"harmonic mean": _spread(s.h4)} if len(s.natural) > 1 else {}
         lines.append(line | {"collapsed": f"{s.collapsed} of {s.seeds}"})
     told = "Natural / robust accuracy, percent" if wide else "Percent"
-    return table(lines, caption=f"{caption} {told}, mean ± standard deviation over seeds.", card_link=True)
+    told += ", mean ± standard deviation over seeds" if summaries[0].seeds > 1 else ""
+    return table(lines, caption=f"{caption} {told}.", card_link=True)
 
 
 def _spread(value: tuple[float, float]) -> str:

@@ -3,11 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from ..attacks import Attack
 from ..clip import ZeroShotCLIP
 from ..data import ImageSet
 from ..fewshot import Scenario, Summary, in_distribution, summarize
-from ..records import Row
+from ..records import Row, column
 from .markup import Html, table
 from .tuning import _spread, marked, measure_scenario, tune_scenario
 
@@ -17,6 +19,13 @@ def measured(run, scenario: Scenario, models: Mapping[int, Sequence], attack: At
     rows = measure_scenario(run, scenario, models, attack, eps_255)
     marks = marked(models, len(scenario.train(next(iter(models))).class_names))
     return rows, summarize(rows, scenario, attack=attack.name, eps_255=eps_255, marked=marks)
+
+
+def largest_class_share(rows: Sequence[Row], method: str, metric: str = "robust_acc") -> float:
+    """Of the images that a method names rightly, in all its rows of a metric, the share of the class that it keeps best; 0 of none."""
+    of_method = [row.records for row in rows if (row.method, row.metric) == (method, metric)]
+    kept = np.concatenate([column(records, "label")[column(records, "correct").astype(bool)] for records in of_method])
+    return np.bincount(kept).max().item() / len(kept) if len(kept) else 0.0
 
 
 def tune_and_measure(
