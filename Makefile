@@ -1,5 +1,6 @@
 # Thin: each target is one command that also works without make.
-PY := .venv/bin/python
+BIN := .venv/bin/
+PY := $(BIN)python
 OUTPUTS :=
 
 .PHONY: setup sync test tiny book check slow links bench checkpoints prompts captioners gpu-jobs
@@ -14,13 +15,13 @@ test:         ## unit tests
 	$(PY) -m pytest tests/unit
 
 tiny:         ## every chapter with its default profile
-	set -e; for chapter in notebooks/[0-9]*.py; do .venv/bin/robustvlm run $$(basename $$chapter .py); done
+	set -e; for chapter in notebooks/[0-9]*.py; do $(BIN)robustvlm run $$(basename $$chapter .py); done
 
 # The cache of executed pages compares notebooks only, so it is thrown away when package, cards, claims or lock changed.
 book:         ## HTML in _build/html
 	@mkdir -p _build; find robustvlm_lite book/cards book/claims.yml requirements.lock -type f ! -name '*.pyc' | LC_ALL=C sort | xargs sha256sum > _build/now.sha256
 	@cmp -s _build/now.sha256 _build/built.sha256 || rm -rf _build/.jupyter_cache
-	.venv/bin/jupyter-book build . -W -n --keep-going
+	$(BIN)jupyter-book build . -W -n --keep-going
 	@mv _build/now.sha256 _build/built.sha256
 
 check:        ## what CI runs
@@ -30,7 +31,7 @@ slow:         ## what takes many minutes: the set-up that Colab runs, in an empt
 	$(PY) -m pytest -m slow tests
 
 links:        ## addresses on other hosts
-	.venv/bin/jupyter-book build . --builder linkcheck
+	$(BIN)jupyter-book build . --builder linkcheck
 
 bench:        ## our steps against the released order of operations
 	set -e; for script in benchmarks/[a-z]*.py; do $(PY) $$script; done
