@@ -93,7 +93,7 @@ def _add_evaluate_options(sub: Parser) -> None:
     sub.add_argument(
         "--defense",
         default="none",
-        help="none (the default), a name from the book's glossary (TGA-ZSR, CAPT, R-TPT …), or a checkpoint's path. Methods at test "
+        help="none (the default), a name from the glossary of the book (TGA-ZSR, R-TPT …), or the path of a checkpoint. Methods at test "
         "time cost an image more passes of the image tower: TTC 4, and 2 backward; View ensemble, MTA, TPT, TPT-Ensemble, C-TPT and R-TPT 64; A-TPT (as reported) 72, "
         "and 8 backward; A-TPT (released) 127, and 63 backward. All that tune a prompt also take 2 passes of the text tower over all "
         "classes, one of them backward as well. The attacker knows the defense and sees through 9 views a step",
