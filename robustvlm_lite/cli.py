@@ -93,10 +93,11 @@ def _add_evaluate_options(sub: Parser) -> None:
     sub.add_argument(
         "--defense",
         default="none",
-        help="none (the default), a name from the glossary of the book (TGA-ZSR, R-TPT …), or the path of a checkpoint. Methods at test "
-        "time cost an image more passes of the image tower: TTC 4, and 2 backward; View ensemble, MTA, TPT, TPT-Ensemble, C-TPT and R-TPT 64; A-TPT (as reported) 72, "
-        "and 8 backward; A-TPT (released) 127, and 63 backward. All that tune a prompt also take 2 passes of the text tower over all "
-        "classes, one of them backward as well. The attacker knows the defense and sees through 9 views a step",
+        help="none (the default), a name from the glossary of the book (TGA-ZSR, R-TPT …), or the path of a checkpoint. Methods at "
+        "test time cost an image more passes of the image tower: TTC 4, and 2 backward; View ensemble, MTA, TPT, TPT-Ensemble, "
+        "C-TPT and R-TPT 64; A-TPT (as reported) 72, and 8 backward; A-TPT (released) 127, and 63 backward. All that tune a "
+        "prompt also take 2 passes of the text tower over all classes, one of them backward as well. The attacker knows the "
+        "defense and sees through 9 views a step",
     )
     sub.add_argument("--attack", default="pgd", help="pgd (the default), cw, apgd-ce, autoattack, square, noise …")
     sub.add_argument("--eps-255", type=float, default=1.0, metavar="ε", help="budget in 1/255, ℓ∞ (%(default)s)")
