@@ -376,6 +376,7 @@ book.published_table("05_capt")
 #
 # The table's ± is a spread over seeds, of shots and of all starts. The bars are another thing: they compare image by image. An image's
 # verdicts are averaged over the seeds first, then images are resampled, since three answers to one image are not three images.
+#
 # Where a profile has one data set, the verdicts at the end do the same.
 
 # %%
@@ -557,7 +558,9 @@ book.show(plots.convergence(trust, quantity="mean α of the batch", steps="tunin
 # A1, A3 and A5 compare the two models; each that falls does so because the shots are learned. A7, which sees no label, follows confidence instead of
 # correctness, and so can trust a model that is surely wrong.
 #
-# Rows of one seed and few images separate large effects only. The frozen model before TeCoA gives {glue:text}`teacher-clean:.0f` percent
+# Rows of one seed and few images separate large effects only.
+#
+# The frozen model before TeCoA gives {glue:text}`teacher-clean:.0f` percent
 # clean and {glue:text}`teacher-robust:.0f` attacked, A1 with the robust one {glue:text}`a1-clean:.0f` and {glue:text}`a1-robust:.0f`. Which
 # of the two the authors mean, the sources do not say; the claims below are judged with the robust one. The other separates "keep what
 # CLIP knows" from "keep what the robust tower knows".
@@ -592,7 +595,9 @@ book.show(plots.cost_scatter(points, cost="seconds per tuning step"), "cost",
 #
 # The rules compare methods by paired intervals. C1, C2 and C5 average each image's verdicts over the tunings there are: those of all
 # seeds on the first data set and on base to new, one on every further set, and sets count alike. C3 and C4 have
-# one tuning a method; images are resampled in both. An interval then says what other images would change, not what other shots
+# one tuning a method; images are resampled in both.
+#
+# An interval then says what other images would change, not what other shots
 # would: that is the ± of the table.
 #
 # Where an interval covers zero, these images cannot tell, and the claim may still hold elsewhere; the paper's scale is ViT-B/32 at 224 pixels.

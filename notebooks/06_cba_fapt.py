@@ -610,7 +610,9 @@ book.accuracy_table(ablation, columns=columns, caption=f"{test.name}, seed {main
 #
 # Under F5a the text term is exactly zero: its forward weight never sees the image.
 #
-# All fusions have the same β on maps of different size, so their terms differ in force, as the table of shares shows. Read two fusions
+# All fusions have the same β on maps of different size, so their terms differ in force, as the table of shares shows.
+#
+# Read two fusions
 # against each other only where a row differs from *no maps* beyond its interval. Where none does, no row says anything about
 # directions or negative evidence: the term is too weak to be tested, which is what the shares would lead one to expect.
 #
@@ -637,7 +639,9 @@ book.show(plots.cost_scatter(points, cost="seconds per tuning step"), "cost",
 # ## Verdict
 #
 # The rules compare methods by paired intervals. C1 to C4 average each image's verdicts over the tunings there are: those of all
-# seeds on the main set, one on further sets, and sets count alike. C5 has one tuning a method; images are resampled in both. An interval says what other images would change, not what other shots would: that is the ±
+# seeds on the main set, one on further sets, and sets count alike. C5 has one tuning a method; images are resampled in both.
+#
+# An interval says what other images would change, not what other shots would: that is the ±
 # of the table.
 #
 # Where an interval covers zero, these images cannot tell. One of no width means that no image got another verdict, which is not

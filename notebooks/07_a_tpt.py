@@ -238,7 +238,9 @@ book.show(fig, "maps", alt="Three rendered scenes, clean and attacked, with maps
 #
 # As the paper is reported, a base view is the image or its mirror, and all difference comes from AugMix
 # {cite}`hendrycks2020augmix`: chains of small turns and shifts, and of operations on gray levels. The released code
-# crops first. The strengths and the share r are those that the released README gives; the paper's could not be obtained. One of AugMix's operations keeps sixteen gray levels; it is hard on a perturbation of a few.
+# crops first. One of AugMix's operations keeps sixteen gray levels; it is hard on a perturbation of a few.
+#
+# The strengths and the share r are those that the released README gives; the paper's could not be obtained.
 
 # %%
 recipe = a_tpt.PAPER.fewer(n_views)
@@ -638,7 +640,9 @@ book.accuracy_table(ladder + list(worst.values()), columns=columns, caption=f"{c
 # {glue:text}`worst-View ensemble:.0f`; R-TPT {glue:text}`unknown-R-TPT:.0f` and {glue:text}`worst-R-TPT:.0f`; A-TPT as released
 # {glue:text}`unknown-released:.0f` and {glue:text}`worst-released:.0f`. Asking clean images as often leaves the three
 # {glue:text}`control-View ensemble:.0f`, {glue:text}`control-R-TPT:.0f` and {glue:text}`control-released:.0f`: a fall to that row needs no
-# attacker. Compare the worst case with it, within the intervals; the clean accuracies further up are of more images and of one draw.
+# attacker.
+#
+# Compare the worst case with it, within the intervals; the clean accuracies further up are of more images and of one draw.
 # Unlike in [chapter 09](09_side_by_side.py), the worst case here does not count the image as it is.
 #
 # The strongest single attacker who knows of views or of everything leaves the released form {glue:text}`knows-released:.0f` percent. A slope for
@@ -664,7 +668,9 @@ book.show(plots.cost_scatter(points, cost="seconds an image"), "cost", alt="Scat
 
 # %% [markdown]
 # All of it is paid at every image, for as long as the model is in use. The package encodes each view once and, in the released form, each base once more for its map; all class texts twice and no
-# prompt for the maps. The released order of operations encodes every view three times and every class prompt again for each view's map
+# prompt for the maps.
+#
+# The released order of operations encodes every view three times and every class prompt again for each view's map
 # (`benchmarks/a_tpt_image.py` measures both).
 #
 # Views are drawn, mixed and encoded for every image, and the text tower runs over all classes with a gradient. With many classes that part

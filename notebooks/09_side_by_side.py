@@ -452,7 +452,9 @@ book.glue("steps-shipped", side.listed([f"{m} {t['steps']}" for m, t in lengths.
 # views at every image.
 #
 # A combination also gives the attacker more to choose from. One with views meets the attacks on its tower, the long attack through its own
-# views, and the one through plain views of its tower. One with prompts is attacked straight through, as its parents are. A
+# views, and the one through plain views of its tower.
+#
+# One with prompts is attacked straight through, as its parents are. A
 # combination that met a shorter list than its parents would win by that alone.
 #
 # The prompts of this section took {glue:text}`steps-here` steps, at the budget of this page; the shipped ones:
@@ -484,7 +486,9 @@ book.glue("front", side.listed(best))
 # %% [markdown]
 # The ensemble makes {glue:text}`n-views` passes where CLIP and every robust tower make one. In this run it took
 # {glue:text}`cost-View ensemble:.0f` times as long as CLIP, A-TPT as released {glue:text}`cost-A-TPT (released):.0f` times; that one carries
-# state, so it is asked one image at a time. On the front stand {glue:text}`front`. The combinations stand beside the
+# state, so it is asked one image at a time.
+#
+# On the front stand {glue:text}`front`. The combinations stand beside the
 # rest: a tower below views costs nothing more. Points with one pass differ in time by the machine's noise
 # alone; read those next to each other as one cost.
 #
@@ -492,7 +496,9 @@ book.glue("front", side.listed(best))
 # ## Is a random verdict fair?
 #
 # A random defense may fail by chance when asked often. Here each image has one frozen draw for all verdicts, so no image is lost to a new
-# draw between the clean column and the worst case. A-TPT as released is the exception: its draw is frozen, its state is not. What the
+# draw between the clean column and the worst case.
+#
+# A-TPT as released is the exception: its draw is frozen, its state is not. What the
 # attacked image before left behind differs between attacks, and may cost an image too.
 #
 # The control asks another question: what would somebody win who changes nothing and asks as often, with a fresh draw each time?
@@ -527,7 +533,8 @@ book.claims_table("09_side_by_side", card=run.card)
 # ## What we would deploy, and when
 #
 # - *The attacker can see or guess the weights.* Measurably above TeCoA, the plainest robust tower, in the worst case: {glue:text}`better`;
-#   measurably below: {glue:text}`worse`. On the front stand {glue:text}`front`. Where no method with views is measurably above it, we take the
+#   measurably below: {glue:text}`worse`. On the front stand {glue:text}`front`.
+# - *Which of them, then?* Where no method with views is measurably above it, we take the
 #   robust tower: one pass, the same answer tomorrow, gradients that an honest test can
 #   use. A figure that rests on views is only as good as affordable attacks.
 # - *Few labeled images of the own task.* Tune prompts on a robust tower only if they beat it on held-out images, in the worst case and not
