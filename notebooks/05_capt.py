@@ -586,7 +586,9 @@ book.show(plots.cost_scatter(points, cost="seconds per tuning step"), "cost",
 # A step costs the attack and two passes. The text is encoded once a step, and the frozen model's answers are computed once
 # for the whole tuning; `benchmarks/prompt_step.py` measures what that saves against computing everything where it is used.
 #
-# At test time the cost is a few tokens. When not to use it: when the tower itself is not robust, which this page did not try
+# At test time the cost is a few tokens.
+#
+# When not to use it: when the tower itself is not robust, which this page did not try
 # ([chapter 6](06_cba_fapt.py) tunes other prompts on such a tower); when a run cannot be repeated over seeds; or when the frozen model is poor on your task
 # and there are shots enough to trust the tuned one.
 #
