@@ -176,7 +176,7 @@ enter("never", "the attack never runs", "APT: `test()`", clean, sound)
 # %%
 wrong_unit = judged("ε on normalized tensors", pgd_in(clip.std, x, y, threat.eps, pgd.n_steps))
 right_unit = judged("ε in pixels", pgd_in(1, x, y, threat.eps, pgd.n_steps))
-enter("unit", "ε on normalized tensors", "PRSL: `attack_vaq.py`", wrong_unit, right_unit)
+enter("unit", "ε on normalized tensors", "PRSL: `attack_vaq.py`", wrong_unit, right_unit, there="their unit; their ε is larger and errs the other way")
 std = clip.std.flatten().tolist()
 stated = {f"{eps_255:g}/255, taken behind the normalization": (threat.eps, std), "PRSL, BLIP-2: step 0.3": (0.3, std),
           "PRSL, BLIP-2: ε 1": (1.0, std), "PRSL, captioner: step 0.02": (0.02, [0.5] * 3), "PRSL, captioner: ε 1": (1.0, [0.5] * 3)}  # fmt: skip
@@ -208,7 +208,7 @@ book.show(fig, "units", alt="One photograph clean and attacked: with the budget 
 
 # %%
 off_range = pgd_in(1, x, y, threat.eps, pgd.n_steps, clamp=False)
-enter("range", "pixels outside [0, 1]", "PRSL: `attack_vaq.py`", judged("no clamp", off_range), judged("no clamp, saved", off_range.clamp(0, 1)))
+enter("range", "pixels outside [0, 1]", "PRSL: `attack_vaq.py`", judged("no clamp", off_range), judged("no clamp, saved", off_range.clamp(0, 1)), there="their habit, at our budget")
 book.glue("outside", 100 * ((off_range < 0) | (off_range > 1)).float().mean())
 try:
     audit(x, off_range, threat)
@@ -217,7 +217,7 @@ except AuditError as error:
 
 # %% [markdown]
 # {glue:text}`outside:.1f` percent of the values lie outside. Saved as an image, the batch leaves {glue:text}`range-sound:.0f`
-# percent instead of {glue:text}`range-wrong:.0f`. The difference grows with the budget and with white and black areas.
+# percent instead of {glue:text}`range-wrong:.0f`. White and black areas feed the difference; where the attack leaves nothing anyway, it cannot show.
 #
 # ## Is there a gradient?
 #
@@ -317,7 +317,7 @@ for t, made in ((threat, sound_adv), (off_grid, pgd.run(surface, x, y, off_grid,
         saved[name] = judged(f"8 bits: {name}", copy, eps=t.eps_255)
         beyond = ((copy - x).abs() > t.eps + 1e-6).float().mean().item()
         facts.append({"ε (1/255)": f"{t.eps_255:g}", "copy": name, "values beyond ε (%)": 100 * beyond, "mean shift (1/255)": 255 * (copy - made).mean().item(), "left (%)": 100 * saved[name].value})
-enter("cut", f"truncation to 8 bits (ε = {off_grid.eps_255:g}/255)", "A-TPT: `atpt.py:692`", saved["cut"], saved["to_8bit"])
+enter("cut", f"truncation to 8 bits (ε = {off_grid.eps_255:g}/255)", "A-TPT: `atpt.py:692`", saved["cut"], saved["to_8bit"], there="their cut; their budgets are whole, see its section")
 book.glue("beyond-whole", facts[0]["values beyond ε (%)"])
 book.glue("beyond", facts[3]["values beyond ε (%)"])
 formats = {"values beyond ε (%)": ".2f", "mean shift (1/255)": "+.2f", "left (%)": ".1f"}
@@ -684,7 +684,8 @@ book.show(fig, "ledger", alt="One bar for each paired comparison: the reported a
 # Most flattering mistakes weaken the attack. Those that report too little ({glue:text}`harsh-names`) are no better: a number that is
 # wrong downward hides a defense that works.
 #
-# Here these cannot be told from none: {glue:text}`quiet`. On a larger model, at another budget or with more images they may. A
+# Here these cannot be told from none: {glue:text}`quiet`. The sound attack leaves only {glue:text}`sound:.0f` percent, so a weakened
+# attack that still wins looks the same. On a larger model, at another budget or with more images they may. A
 # test for them is cheap.
 #
 # ## A battery of checks

@@ -251,9 +251,23 @@ def committed_card(chapter: str, profile: str) -> dict | None:
     return load_card(path) if (path / "card.json").exists() else None
 
 
+def measure_map_facts(
+    run, method: str, defense: Defense, data: ImageSet, x_adv: Tensor, attack: str, eps_255: float
+) -> dict[str, Row]:
+    """The means of `map_facts` against the run's undefended model, as card rows of metric map_fact, by what they measure."""
+    found = map_facts(defense, run.load_clip(), data, x_adv)
+    rows = {
+        fact: Row(f"{method}: {fact}", data.name, attack, eps_255, "map_fact", len(data), each.mean().item(),
+                  bootstrap_mean(each.numpy()), extra={"seed": run.seed})
+        for fact, each in found.items()
+    }  # fmt: skip
+    run.card.add(rows.values())
+    return rows
+
+
 @torch.no_grad()
-def map_facts(defense: Defense, original: ZeroShotCLIP, data: ImageSet, x_adv: Tensor) -> dict[str, float]:
-    """Of attacked scenes: how far the text-guided map moved, its overlap with the object, how many predictions are right.
+def map_facts(defense: Defense, original: ZeroShotCLIP, data: ImageSet, x_adv: Tensor) -> dict[str, Tensor]:
+    """Of each attacked scene, [N]: how far the text-guided map moved, its overlap with the object, whether the answer is right.
 
     Movements are shares of the starting map's length: from the defense's own clean map, and from the original model's.
     """
@@ -262,14 +276,14 @@ def map_facts(defense: Defense, original: ZeroShotCLIP, data: ImageSet, x_adv: T
     text = model.text_features[y]
     adv = attention.text_map(defense.clip.tokens(x_adv), text)
 
-    def moved_from(clip: ZeroShotCLIP) -> float:
+    def moved_from(clip: ZeroShotCLIP) -> Tensor:
         home = attention.text_map(clip.tokens(x), text)
         length = attention.map_distance(home, torch.zeros_like(home)).clamp_min(1e-6)
-        return (attention.map_distance(home, adv) / length).mean().item()
+        return (attention.map_distance(home, adv) / length).float().cpu()
 
     return {
         "from own clean map": moved_from(defense.clip),
         "from original's map": moved_from(original),
-        "map IoU": attention.map_iou(adv.cpu(), data.masks).mean().item(),
-        "accuracy": (model(x_adv).argmax(1) == y).float().mean().item(),
+        "map IoU": attention.map_iou(adv.cpu(), data.masks),
+        "accuracy": (model(x_adv).argmax(1) == y).float().cpu(),
     }

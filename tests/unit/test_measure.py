@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from robustvlm_lite import attention, book, defenses
 from robustvlm_lite.attacks import cross_entropy, get_attack, pgd
+from robustvlm_lite.book.measure import map_facts
 from robustvlm_lite.cards import Card
 from robustvlm_lite.clip import load_clip
 from robustvlm_lite.data import ImageSet, load
@@ -109,7 +110,7 @@ def test_seconds_are_taken_in_turns_and_the_first_round_does_not_count(random_cl
     assert len(run.card.as_dict()["rows"]) == 2
 
 
-def test_map_facts_against_explicit_upsampling(random_clip):
+def test_map_facts_against_explicit_upsampling(random_clip, tmp_path):
     images = load("scenes/pair", n=6)
     x_adv = (images.pixels() + 0.02).clamp(0, 1)
     original, defense = random_clip, defenses.build("TeCoA", random_clip)
@@ -121,15 +122,19 @@ def test_map_facts_against_explicit_upsampling(random_clip):
     def picture(clip, x):
         return attention.upsample(attention.text_map(clip.tokens(x), text), 224).flatten(1)
 
-    facts = book.map_facts(defense, original, images, x_adv)
+    facts = map_facts(defense, original, images, x_adv)
     attacked = picture(defense.clip, x_adv)
     for name, clip in (("from own clean map", defense.clip), ("from original's map", original)):
         home = picture(clip, images.pixels())
         share = (attacked - home).norm(dim=1) / home.norm(dim=1)
-        assert facts[name] == pytest.approx(share.mean().item(), rel=1e-4), name
-    assert 0 <= facts["accuracy"] <= 1 and 0 <= facts["map IoU"] <= 1
-    same = book.map_facts(Defense(original), original, replace(images), images.pixels())
-    assert same["from own clean map"] == same["from original's map"] == 0
+        torch.testing.assert_close(facts[name], share.detach(), rtol=1e-4, atol=1e-6)
+    assert set(facts["accuracy"].tolist()) <= {0.0, 1.0} and 0 <= facts["map IoU"].min() <= facts["map IoU"].max() <= 1
+    run = toy_run(original, tmp_path)
+    rows = book.measure_map_facts(run, "TeCoA", defense, images, x_adv, "noise", 5.0)
+    assert {fact: row.value for fact, row in rows.items()} == {fact: pytest.approx(each.mean().item()) for fact, each in facts.items()}
+    assert [(r["method"], r["n"]) for r in run.card.as_dict()["rows"]] == [(f"TeCoA: {fact}", 6) for fact in facts]
+    same = map_facts(Defense(original), original, replace(images), images.pixels())
+    assert not same["from own clean map"].any() and not same["from original's map"].any()
 
 
 def test_one_pass_of_the_image_tower_serves_every_text(random_clip, tmp_path):
