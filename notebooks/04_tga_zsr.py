@@ -378,7 +378,9 @@ book.show(plots.convergence(terms, quantity="weighted loss term", steps="trainin
 #
 # On `tiny` its classes are new as well: those of `photos/web` occurred in pre-training, the held-out pairs did not, and at test time
 # they compete with all pairs. On `small` and `paper` classes overlap: nine of STL-10's ten are CIFAR-10's, and ImageNet holds all of
-# Tiny-ImageNet's. Where there is room, a last column halves the budget, because the full one
+# Tiny-ImageNet's.
+#
+# Where there is room, a last column halves the budget, because the full one
 # leaves little of anything there.
 
 # %%
