@@ -465,8 +465,8 @@ book.sanity_table(checks)
 # - the training kept the *map* in place for PGD on cross-entropy: so let the attacker move the map as well.
 #
 # The last one is written out here. Its weight lets a map that moves by a third of its length count like one logit; a much
-# heavier one spends the steps on the map and spares the prediction. It is a test of the map terms, not the strongest attack: a step
-# that moves the map does not lower the margin.
+# heavier one spends the steps on the map and spares the prediction. It tests
+# the map terms and is not the strongest attack: moving the map does not lower the margin.
 #
 # A full AutoAttack has 100 steps and 5000 queries; the profile shortens it, and the table's caption says to what. What it
 # leaves is an upper bound.
