@@ -17,7 +17,7 @@
 # [source](https://github.com/robustvlm-lite/robustvlm_lite/blob/main/notebooks/05_capt.py) ·
 # [paper](https://arxiv.org/abs/2405.11154) ·
 # [result card](https://github.com/robustvlm-lite/robustvlm_lite/tree/main/book/cards) ·
-# CPU: 8 minutes (tiny) · GPU: days (paper)
+# CPU: 3 minutes (tiny) · GPU: days (paper)
 
 # %% [markdown]
 # ## At a glance

@@ -17,7 +17,7 @@
 # [source](https://github.com/robustvlm-lite/robustvlm_lite/blob/main/notebooks/06_cba_fapt.py) ·
 # [paper](https://doi.org/10.1609/aaai.v40i5.37396) ·
 # [result card](https://github.com/robustvlm-lite/robustvlm_lite/tree/main/book/cards) ·
-# CPU: 6 minutes (tiny) · GPU: days (paper)
+# CPU: 3 minutes (tiny) · GPU: days (paper)
 
 # %% [markdown]
 # ## At a glance

@@ -16,7 +16,7 @@
 # [source](https://github.com/robustvlm-lite/robustvlm_lite/blob/main/notebooks/09_side_by_side.py) ·
 # [paper](https://arxiv.org/abs/1902.06705) ·
 # [result card](https://github.com/robustvlm-lite/robustvlm_lite/tree/main/book/cards) ·
-# CPU: 8 minutes (tiny)
+# CPU: 4 minutes (tiny)
 
 # %% [markdown]
 # ## At a glance

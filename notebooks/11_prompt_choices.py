@@ -15,7 +15,7 @@
 # [Colab](https://colab.research.google.com/github/robustvlm-lite/robustvlm_lite/blob/main/notebooks/11_prompt_choices.ipynb) ·
 # [source](https://github.com/robustvlm-lite/robustvlm_lite/blob/main/notebooks/11_prompt_choices.py) ·
 # [result card](https://github.com/robustvlm-lite/robustvlm_lite/tree/main/book/cards) ·
-# CPU: 9 minutes (tiny)
+# CPU: 3 minutes (tiny)
 
 # %% [markdown]
 # ## At a glance
