@@ -32,7 +32,7 @@ def home_of(random_clip, tmp_path, monkeypatch):
 
 def test_a_home_tunes_as_its_chapter_does_and_measures_for_the_page(home_of):
     at = home_of("05_capt")
-    assert at.run.card.chapter == "05_capt" and at.page.card.as_dict()["chapter"] == "11_prompt_choices"
+    assert tuning.protocol(at.run) == "05_capt-tiny" and at.page.card.as_dict()["chapter"] == "11_prompt_choices"
     wide = capt.Choices(weight=6.0)
     tuned = at.tune([{"name": "CAPT"}, {"name": "CAPT", "label": "λ = 6", "config": wide}], [1, 2])
     assert [[d.name for d in of] for of in tuned.values()] == [["CAPT", "λ = 6"]] * 2
