@@ -16,7 +16,7 @@
 # [source](https://github.com/robustvlm-lite/robustvlm_lite/blob/main/notebooks/04_tga_zsr.py) ·
 # [paper](https://arxiv.org/abs/2410.21802) ·
 # [result card](https://github.com/robustvlm-lite/robustvlm_lite/tree/main/book/cards) ·
-# CPU: 5 minutes (tiny) · GPU: days (paper)
+# CPU: 3 minutes (tiny) · GPU: days (paper)
 
 # %% [markdown]
 # ## At a glance
@@ -39,7 +39,7 @@
 # computed from the run that you see.
 
 # %% tags=["parameters"]
-profile: str = "tiny"  # "tiny": laptop, 5 minutes | "small": real image packs | "paper": OpenAI's CLIP, GPU
+profile: str = "tiny"  # "tiny": laptop, 3 minutes | "small": real image packs | "paper": OpenAI's CLIP, GPU
 seed: int = 0  # image subsets, attack starts and training all derive from it
 eps_255: float = 0.0  # main attack budget in steps of 1/255; 0 takes the profile's
 n: int = 0  # images per accuracy; 0 takes the profile's number
