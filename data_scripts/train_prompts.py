@@ -53,7 +53,7 @@ def tuned(name: str, sizes, shots: data.ImageSet, seed: int, rate: float):
     return defense.fit(shots, attack=attack, training=training, seed=seed, progress=False), eps
 
 
-def searched_methods(chapter: str, name: str = "tiny") -> list[str]:
+def searched_methods(chapter: str, name: str) -> list[str]:
     """Every method that the chapter tunes under the profile `name`."""
     sizes = profile(chapter, name)
     methods = [*sizes.methods, *getattr(sizes, "general", []), *getattr(sizes, "components", []), *ALSO[chapter]]
