@@ -56,9 +56,9 @@ def parser() -> Parser:
     listed = command(_data_list, "list", "every data set: where it is, its size and licence", "data list", to=data)
     listed.add_argument("--data-root", default="", metavar="DIR", help="folder that holds stl10/, cifar10/ …, full/")
     example = "data prepare food101 --root data/"
-    prepared = command(_data_prepare, "prepare", "fetch a full-size data set, and check it", example, to=data)
-    prepared.add_argument("name", metavar="NAME", help="a data set of the papers that `robustvlm data list` shows")
-    prepared.add_argument("--root", required=True, metavar="DIR", help="the data root: files come to DIR/full/NAME")
+    prepared = command(_data_prepare, "prepare", "fetch a data set, and check it", example, to=data)
+    prepared.add_argument("name", metavar="NAME", help="of `robustvlm data list`; small/NAME makes a 64-pixel pack again")
+    prepared.add_argument("--root", required=True, metavar="DIR", help="the data root: files come to DIR/full/NAME, a pack to DIR/NAME")
 
     example = "evaluate --data my_images/ --defense TeCoA --attack pgd --eps-255 2 -n 200"
     own = command(_evaluate, "evaluate", "your own images and checkpoint, clean and under attack", example)
@@ -176,14 +176,25 @@ def _data_list(args) -> None:
 
 def _data_prepare(args) -> int:
     from .data.prepare import prepare, report
+    from .data.rebuild import rebuild
     from .data.registry import find
 
+    if args.name.startswith("small/"):
+        return _rebuilt(args.name, rebuild(args.name, args.root))
     dataset = find(args.name)
     print(f"{dataset.title}: {dataset.licence}")
     folder = prepare(args.name, args.root)
     lines, whole = report(dataset, args.root)
     print("\n".join([f"{dataset.title} is in {folder}", *lines]))
     return 0 if whole else 1
+
+
+def _rebuilt(name: str, folder: Path) -> int:
+    from .data import PACKS, read_rows
+
+    counts = {split: len(read_rows(folder, split)[2]) for split in ("train", PACKS[name].test_split)}
+    print(f"{name} is in {folder}: " + ", ".join(f"{n} {split}" for split, n in counts.items()) + f"; {PACKS[name].licence}")
+    return 0
 
 
 def _claims(args) -> int:

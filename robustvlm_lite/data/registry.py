@@ -85,8 +85,6 @@ def uses() -> tuple[str, ...]:
 def find(name: str) -> Dataset:
     """The data set of "food101", or of one of its uses, "coop/food101"."""
     short = name.rpartition("/")[2]
-    if name.startswith("small/"):
-        raise UserError(f"{name} is a pack of 64 pixels, which no program fetches; book/data_licences.md says what it was drawn from")
     if short not in datasets() or name not in (short, *uses()):
         raise UserError(f"unknown dataset {name!r}; {near_miss(name, (*datasets(), *uses()))}")
     return datasets()[short]
