@@ -517,8 +517,8 @@ book.glue("loud", "; ".join(r.method for r in mistakes if r.ci95[0] <= 1 / len(p
 book.paired_table(mistakes, right_use, caption=f"{photos.name}: one thing changed at a time, the costliest first.")
 
 # %% [markdown]
-# Only these cannot be told from guessing, and somebody will look for them: {glue:text}`loud`. The others look like a somewhat
-# worse model, and their table goes to print.
+# Only these do no better than guessing, and somebody will look for them: {glue:text}`loud`. Of the others some cost much and some
+# nothing that a reader would notice, and their table goes to print.
 #
 # A published accuracy of the same weights on the same images would show it; where there is none, write the pipeline out
 # once, as above, and compare tensors. "A sketch of a {}." is a mistake of its own kind: a bundled model learned the word, as
@@ -591,6 +591,8 @@ book.show(fig, "maps", alt="Three rendered scenes, each with five maps drawn ove
 # The control asks whether the words matter to the map. With the wrong caption the gradient rollout's overlap differs from
 # that with the right one by {glue:text}`wrong-text`. In a scene of one object no caption has another place to point at, so
 # a difference shows that words matter, and not that they would find their object among two.
+#
+# Where there is none, or the wrong caption does better, the map's overlap is no evidence that it follows the text.
 #
 # Nothing in training asks for such a map. The loss reads CLS alone; no patch token is ever compared with a text. In
 # OpenAI's CLIP, too, the plain product can be high on the background and low on the object {cite}`li2023clipsurgery`.

@@ -24,7 +24,7 @@
 # | | |
 # |---|---|
 # | Question | is there a picture within ε that the model names wrongly? |
-# | The attacker knows | weights and gradients (white box), answers alone (queries), or another model (transfer) |
+# | The attacker knows | weights and gradients (white box), scores of the classes alone (queries), or another model (transfer) |
 # | Tools | FGSM, PGD {cite}`madry2018pgd`, margin and targeted losses, momentum, AutoAttack {cite}`croce2020autoattack`, Square |
 # | `paper` profile | OpenAI's CLIP on 64-pixel photographs enlarged to 224; trained models stay `nano`'s, on shrunk ones |
 # | Cost | a step is one forward and one backward pass for each image |
@@ -127,13 +127,14 @@ book.table([{"ε (1/255)": f"{e:g}", "values changed in the file": f"{100 * (v >
 #
 # *What counts as success?* Any wrong answer (untargeted), or one that the attacker chose (targeted).
 #
-# *What is known?* Who stands lower in this table has less, and can find only what the lines above could have found:
+# *What is known?* The white box has what all lines below it have. Queries and transfer cannot be compared: each has what the other lacks, and either
+# may find more. Whoever sees labels without scores has less still.
 #
 # | attacker | has | tools on this page |
 # |---|---|---|
 # | white box, adaptive | the whole defense with its gradients, and what it does at test time | any objective of one's own |
 # | white box | weights and gradients | FGSM, PGD, APGD, FAB; a universal change, one for all images |
-# | queries | answers to pictures of one's choice | Square |
+# | queries | scores of the classes for pictures of one's choice | Square |
 # | transfer | another model | images made there |
 # | nothing | the photograph | noise |
 #
@@ -293,8 +294,8 @@ book.show(plots.picture_rows({"change, stretched": torch.cat([one, *drawn])}, he
 # zero at whole gray levels, so that an 8-bit picture passes unchanged, as the cell checks. It defends nothing. It only bends
 # the loss, as defenses that hide their gradient do.
 #
-# It is made against one attack: the ripple is as long as the step ε (or a whole part of it), so such a step always lands on
-# the same phase.
+# It is made against one attack: the ripple is as long as the step ε (or a whole part of it), so such a step lands on
+# the same phase, wherever the ball or the pixel range does not cut it short.
 
 
 # %%
@@ -391,8 +392,8 @@ book.show(figs, "restarts", alt="Accuracy against the number of gradient steps s
 #
 # ## What to maximize
 #
-# Cross-entropy has a flat end. Where the model is sure of the right class, its softmax has hardly any slope left, and in float32 it ends
-# in an exact zero. The *margin* $\max_{c \ne y} z_c - z_y$ has no softmax and no flat end; maximizing it is the core of
+# Cross-entropy has a flat end. Where the model is sure of the right class, its softmax has hardly any slope left. PGD takes the sign and does not mind a
+# small slope, until in float32 it ends in an exact zero. The *margin* $\max_{c \ne y} z_c - z_y$ has no softmax and no flat end; maximizing it is the core of
 # {cite}`carlini2017cw`.
 #
 # How sure a CLIP is depends on its logit scale, which changes no answer. This model's is {glue:text}`scale:.0f`; OpenAI's is 100
@@ -420,11 +421,11 @@ book.show(fig, "scale", alt="Accuracy left by two attacks against a factor on th
 #
 # ## All attacks on a trained model
 #
-# The undefended model falls to almost any attack, so it cannot tell them apart. TeCoA {cite}`mao2023tecoa` is a CLIP that was trained on
+# What an evaluation asks about is a defended model, on which attacks differ in other ways than on an undefended one. TeCoA {cite}`mao2023tecoa` is a CLIP that was trained on
 # attacked images ([chapter 04](04_tga_zsr.py)). The next table attacks it at twice the budget.
 #
-# A *targeted* attack raises one chosen class, here the one that was second.
-# Momentum {cite}`dong2018mifgsm` averages gradients over steps. APGD {cite}`croce2020autoattack` halves its own step when the loss stops
+# `cw-10` is PGD on the margin, `bim-10` steps from the photograph itself, without a random start. A *targeted* attack raises one chosen class, here the one
+# that was second. Momentum {cite}`dong2018mifgsm` averages gradients over steps. APGD {cite}`croce2020autoattack` halves its own step when the loss stops
 # rising.
 
 
@@ -456,16 +457,16 @@ book.paired_table([clean, *found, worst], main, by="attack", more=passes, captio
 # Read the points: an interval that lies below zero marks an attack that is stronger than {glue:text}`pgd-name` on these
 # photographs: {glue:text}`stronger`. Weaker: {glue:text}`weaker`. Of the rest these photographs cannot tell.
 #
-# Costs are means over all photographs. Those that the model names wrongly anyway are not attacked, and the parts of
-# AutoAttack stop at an image once it has fallen. An attack that finishes its passes without success is the expensive case, and a
-# robust model is full of it.
+# Costs are means over all photographs. Those that the model names wrongly anyway are not attacked. APGD on cross-entropy takes all its steps for every
+# other image; the targeted part drops an image between two target classes, Square after the query that turns it. So what a part costs
+# also depends on how robust the model is.
 #
 # ## AutoAttack, part by part
 #
 # AutoAttack {cite}`croce2020autoattack` runs four attacks without settings to tune: APGD on cross-entropy; APGD on a
 # targeted loss, class by class; FAB, which looks for the nearest boundary; and Square {cite}`andriushchenko2020square`.
 #
-# Square asks for answers only. It tries squares of ±ε and keeps what helps. It is far weaker for its price, and that is
+# Square asks for scores only. It tries squares of ±ε and keeps what helps. It is far weaker for its price, and that is
 # what makes it a control: where it beats a gradient attack, the gradient is at fault.
 #
 # The full AutoAttack has 100 steps a part and 5000 queries. The profile shortens it, and the names say to what; what it leaves is then an upper
@@ -496,8 +497,8 @@ book.show(figs, "worst", alt="Left, accuracy under the worst case of all attacks
 # {glue:text}`hard-pgd:.0f` percent, on the margin {glue:text}`hard-margin:.0f`, all attacks together {glue:text}`hard-worst:.0f`:
 # against PGD alone {glue:text}`worst-gain`. The smallest accuracy of a table is the worst case only if one attack turns whatever the others turn.
 #
-# Photographs that one attack alone turned: {glue:text}`only`. Nobody knows beforehand which attack will see through a
-# defense, so an evaluation runs several.
+# Photographs that one attack alone turned: {glue:text}`only`. Where the worst case is no lower than a single attack, that one would have been enough here, and
+# only the others could show it. [Chapter 03](03_sound_evaluation.py) has defenses on which it is not.
 #
 # ## Three controls
 #
@@ -531,14 +532,15 @@ book.show(fig, "curves", alt="Accuracy of the undefended model against the budge
 
 # %% [markdown]
 # At ε = {glue:text}`eps`/255 noise leaves {glue:text}`left-noise:.0f` percent, the universal change {glue:text}`left-universal:.0f`,
-# and {glue:text}`pgd-name` {glue:text}`left-pgd:.0f`.
+# and {glue:text}`pgd-name` {glue:text}`left-pgd:.0f`. A universal change that does no more than noise says little: its search here has few
+# steps, few photographs and no best iterate.
 #
 # A sound curve falls with ε and ends at chance or below. Below, because an attacker also avoids the lucky guesses.
 #
 # ## Transfer
 #
 # Images made on one model are shown to another. The diagonal is the white box. Off it, the attacker did not know the
-# model. TeCoA and TGA-ZSR are fine-tunings of the attacked model, the easiest sources and targets there are.
+# model. TeCoA and TGA-ZSR are fine-tunings of the attacked model: close relatives.
 
 # %%
 models = {"CLIP": (model, surface)} | {name: book.nano_checkpoint(run, name, photos) for name in sizes.others}
@@ -655,7 +657,7 @@ class Times(nn.Module):
 
 
 def my_objective(model, y):
-    """Logits relative to their spread: the margin in units that no scale of the model can flatten."""
+    """The margin, which no scale flattens. Dividing by the spread makes values comparable; PGD's signs do not see it."""
 
     def values(x_adv):
         z = model(x_adv).float()

@@ -292,12 +292,12 @@ book.table(rows, caption=f"The loss of one batch before the first step, n = {len
 # All methods meet the same shots, batches and attack starts, at the training budget of this profile, and take the same
 # number of steps. Each keeps its paper's learning rate, times a factor: a run this short needs another rate than its paper's.
 #
-# Under `tiny` the factor is searched for every method by itself, rivals as well (`data_scripts/train_prompts.py --search`): 3, 10 and 30
+# Under `tiny` and `small` the factor is searched for every method by itself, rivals as well (`data_scripts/train_prompts.py --search`): 3, 10 and 30
 # times the paper's rate, then on past an end that wins. The shots and the score come from training images; none of those
 # that score was tuned on, and no test image is read.
 #
 # A factor's score is the mean of clean accuracy and accuracy under PGD, for every method the same; the best wins, of equal ones the
-# smallest. `small` takes one factor for all, `paper` the papers' full training at the papers' rates.
+# smallest. `paper` takes the papers' full training at the papers' rates.
 #
 # The table below holds every winner. The chosen numbers flatter a little, because they were chosen. A method whose best stays
 # below the first line is not held down by its rate. The search ran on one data set; the others take its factors. Readings of α

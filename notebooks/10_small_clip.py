@@ -515,12 +515,13 @@ book.glue("half-mean", 100 * mean[half])
 book.glue("end-mean", 100 * mean[-1])
 
 # %% [markdown]
-# Where does it flatten? The mean over packs comes within a point of its best at {glue:text}`done-at:.1f` million images.
+# Where does it flatten? The mean over packs comes within a point of its best at {glue:text}`done-at:.1f` million images: the later
+# that is, the less the curve has flattened when the run ends.
 # The second half of the run, from {glue:text}`half-seen:.1f` million images on, took it from
 # {glue:text}`half-mean:.0f` to {glue:text}`end-mean:.0f` percent.
 #
-# Do not read a flat end as "nothing more to learn". The learning rate falls in a straight line and ends at zero, so every
-# such curve ends flat. Only a longer run from the start can say what longer training brings.
+# The learning rate falls in a straight line and ends at zero, which would flatten the end of any curve. So a flat end would not mean
+# "nothing more to learn", and one that still rises suggests that a longer run brings more. Only that run can say.
 #
 # The image side grew at {glue:text}`grown-at` million images. The curve is measured at 64 pixels throughout, so a stage of
 # small images is also judged at a size that it never saw: a rise after such a point is in part that mismatch ending.
@@ -757,7 +758,8 @@ book.accuracy_table(results, columns=columns, caption=f"{target.name} after {tra
 # %% [markdown]
 # Against the undefended model at ε = {glue:text}`eps-weak`/255: TeCoA {glue:text}`TeCoA-weak`; FT-clean
 # {glue:text}`FT-clean-weak`. At ε = {glue:text}`eps-strong`/255: TeCoA {glue:text}`TeCoA-strong`; FT-clean
-# {glue:text}`FT-clean-strong`. Where only TeCoA gains, it is the attack in training that helps, not the training.
+# {glue:text}`FT-clean-strong`. Where only TeCoA gains, it is the attack in training that helps, not the training. Where FT-clean gains
+# too, that much needs no attack, and only what TeCoA has beyond it is the attack's.
 #
 # What is left of such a gain under stronger attacks is a question for [chapter 04](04_tga_zsr.py).
 #
@@ -857,7 +859,7 @@ exercises.check_trust(trust, logits[first.name], first.labels)
 #
 # - The bundled model is a CLIP with captions made from class names. The loss asks each image about its own label set only;
 #   repeated captions would add a constant to CLIP's own loss, and set the wordings of one class against each other.
-# - Its training took {glue:text}`hours-least:.1f` hours at its fastest pace ({glue:text}`machine`). Small images first, Muon and
+# - Its training took {glue:text}`hours:.1f` hours beside other work, {glue:text}`hours-least:.1f` at the pace of its fastest stretches ({glue:text}`machine`). Small images first, Muon and
 #   a moving average are what the recipe rests on.
 # - It knows classes that it was told of, and composes colors with shapes ({glue:text}`composed:.0f` percent on pairs that it
 #   never saw).

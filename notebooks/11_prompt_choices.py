@@ -26,8 +26,8 @@
 # | Methods | CAPT {cite}`yang2024capt` in the protocol of [chapter 5](05_capt.py), CBA-FAPT {cite}`feng2026cba` in that of [chapter 6](06_cba_fapt.py), and the rivals that those pages leave out |
 # | One line of a table | one choice changed, everything else as in the chapter: tower, shots, order of batches, starts, attack, learning rate |
 # | In the chapters' own ablations | the readings of CAPT's weight α and its frozen model; CBA's fusions, base loss, score × 100 and the class that is explained |
-# | Tried nowhere | number of prompts alone, depth alone, more steps of the training attack, the frozen model's template, maps of unit L1 length, matching plain features instead of maps |
-# | Found on this page | of {glue:text}`n-capt` changes to CAPT's loss {glue:text}`sure-capt` change accuracy under attack measurably, of {glue:text}`n-place` changes to its prompts {glue:text}`sure-place`, of {glue:text}`n-cba` changes to CBA-FAPT {glue:text}`sure-cba` |
+# | Tried nowhere | other numbers of prompts and other depths than those below, more steps of the training attack, the frozen model's template, maps of unit L1 length, matching plain features instead of maps |
+# | Found on this page | of {glue:text}`n-capt` changes to CAPT's loss {glue:text}`sure-capt` change accuracy under attack measurably, of {glue:text}`n-place` changes to its prompts {glue:text}`sure-place`, of {glue:text}`n-cba` changes to CBA-FAPT {glue:text}`sure-cba`; of as many intervals one or two would exclude zero by luck |
 
 # %% tags=["parameters"]
 profile: str = "tiny"  # "tiny": laptop | "small": real image packs
@@ -55,7 +55,7 @@ if importlib.util.find_spec("robustvlm_lite") is None:  # on Colab
     subprocess.run(install, cwd="robustvlm_lite", check=True)
     sys.path.insert(0, "robustvlm_lite")
 
-from robustvlm_lite import book, defenses, plots
+from robustvlm_lite import book, defenses, evaluate, plots
 from robustvlm_lite.book import choices
 from robustvlm_lite.book import exercises_prompts as exercises
 from robustvlm_lite.defenses import capt, cba_fapt
@@ -84,8 +84,8 @@ print("CBA-FAPT:", at_cba.asked())
 # What such an interval leaves out is the luck of the tuning itself, which the ± of [chapter 5](05_capt.py) shows to be as large as most
 # lines here. `tiny` tunes once; `small` three times in the first three tables, once in the others.
 #
-# The page prints some hundred intervals, so a few exclude zero by luck. On few images they are coarse: an interval can exclude zero only
-# where at least four images change, all in one direction. One of no width means that no verdict changed, not that there is no effect.
+# The page prints some hundred intervals, so a few exclude zero by luck. On few images they are coarse: at least four images must change,
+# and if only four, all in one direction. One of no width means that no verdict changed, not that there is no effect.
 #
 # A change takes the learning rate that the chapters searched for its method: CAPT's, that of its prompts in the text alone, that of those in the image
 # alone, and so on. No rate was searched for a single changed choice, so one that wants another rate is punished for it.
@@ -94,7 +94,8 @@ print("CBA-FAPT:", at_cba.asked())
 #
 # $$L = \mathrm{CE}(f(x), y) + \lambda\,\big[(1-\alpha)\,\mathrm{KL}(f(x)\,\|\,f(x_{adv})) + \alpha\,\mathrm{KL}(g(x)\,\|\,f(x_{adv}))\big]$$
 #
-# with $f$ the tuned model, $g$ the frozen one, and $\alpha$ our default reading. What the sources leave open:
+# with $f$ the tuned model, $g$ the frozen one, and $\alpha$ the larger, the more the frozen model and the less the tuned one is sure of its answer
+# ([chapter 5](05_capt.py) has the formula and its rivals). What the sources leave open:
 #
 # | choice | our reading | alternatives | why |
 # |---|---|---|---|
@@ -147,7 +148,7 @@ book.show(bars(of_loss, "CAPT", "all"), "loss", alt="Paired differences to CAPT 
 # target allows. Backward, it may drop some of them, and near a confident target the two penalties differ most.
 #
 # An attack on the divergence finds images on which the model disagrees with itself, rightly or wrongly; an attack on the
-# cross-entropy those on which it is wrong. On images that the model names rightly these are nearly the same.
+# cross-entropy those on which it is wrong. On images that the model names rightly and surely these are nearly the same.
 #
 # ## CAPT: where the prompts sit
 #
@@ -194,14 +195,16 @@ book.show(bars(of_place, "CAPT", "all"), "places", alt="Paired differences to CA
 #
 # ## CBA-FAPT: the terms
 #
+# These tunings stand on an undefended tower, as the paper's do. $A_v$ is the map over the patches, $A_t$ that over context and name.
+#
 # $$L = \mathrm{CE}(x) + a\,\mathrm{CE}(x_{adv}) + b\,\|A_v(x) - A_v(x_{adv})\|_2 + c\,\mathrm{KL}(A_t(x)\,\|\,A_t(x_{adv}))$$
 #
 # | choice | our reading | alternatives | why |
 # |---|---|---|---|
 # | $a$ | 5, as printed | 1 | how much is weight, how much the maps? |
-# | $b$, $c$ | as printed | 100 times each, and both | our maps are small: as printed, their share of the gradient is tiny ([chapter 6](06_cba_fapt.py)) |
+# | $b$, $c$ | as printed | 100 times each, and both | as printed, the gradient of the image term is a ten-thousandth and that of the text term a hundredth of the whole, as orders of magnitude ([chapter 6](06_cba_fapt.py)) |
 # | distribution over words | positive and negative parts, then L1 (N1) | N2 positive part, N3 size, N5 softmax of the standardized map | KL needs one; the text does not give it. N4, softmax of the raw map, is left out: its force is nil |
-# | length of $A_v$ | as it is | to unit length | "L2" may mean either |
+# | length of $A_v$ | as it is | to unit length | "L2" may name the distance alone or a normalization, too |
 # | clean maps | move | held still | not stated |
 # | score | cosine of the true class | its log-probability | the text says cosine; a log-probability lets classes compete, which is our alternative |
 
@@ -239,8 +242,11 @@ for name, found in (("capt", of_loss), ("place", of_place), ("cba", of_cba)):
 # %% [markdown]
 # Measurable under attack, on base or new classes: {glue:text}`which-cba`. On clean images: {glue:text}`which-cba-clean`.
 #
-# $A_v$ is the map over the patches, $A_t$ that over context and name. *Unit length* and *held* change terms of tiny force; where such a line agrees with
+# *Unit length* and *held* change terms of tiny force; where such a line agrees with
 # the default image by image, that is no evidence of being equivalent.
+#
+# *Log-probability* raises the share of the image term many times over; that it changes no more than the others is no proof that the score is
+# indifferent.
 #
 # A hundred times the weight gives the terms a say; *b × 100* is also the image term with scores that are a hundred times as large. The norms are compared at that weight,
 # so read them against *c × 100*.
@@ -282,32 +288,39 @@ for first, of in (("FAP", [r for r in rows if "FAP" in r.method]), ("AdvMaPLe", 
 
 # %%
 apt, chance = scaled(defenses.PROMPT_METHODS["APT"].spec), 100 / len(at_capt.scenario.tests["all"].class_names)
-tuned_apt = at_capt.tune([{"name": "APT"}, {"name": "HEP"}, {"name": "APT", "label": "APT (class-specific)", "spec": replace(apt, class_specific=True)}], [main])
+tuned_apt = at_capt.tune([{"name": "APT"}, {"name": "HEP"}, {"name": "CAPT"}, {"name": "APT", "label": "APT (class-specific)", "spec": replace(apt, class_specific=True)}], [main])
 tuned_rest = at_capt.unsearched(sizes.factor).tune([{"name": "AdvPT"}, {"name": "AVP"}], [main])
 rows = at_capt.measure({main: [*tuned_apt[main], *tuned_rest[main]]})
 of_rest = choices.effects(at_capt, rows, "APT")
-display(choices.effects_table(of_rest, rows, at_capt, "APT", caption=f"Rivals and hand-written prompts (HEP) beside APT, tuning seed {main}; chance is {chance:.0f} percent."))
+display(choices.effects_table(of_rest, rows, at_capt, "APT", caption=f"Rivals, CAPT and hand-written prompts (HEP) beside APT, tuning seed {main}; chance is {chance:.0f} percent."))
 
 # %% [markdown]
 # A context for each class multiplies what must be learned by the number of classes, from the same shots. AdvPT never sees the
 # image tower's gradient while it tunes: it moves text towards features that an attack has left, and another attack leaves others.
 #
+# CAPT stands here, too, because the first two tables lack this context: where CAPT itself can hardly be told from hand-written prompts, no choice inside
+# it has much to lose.
+#
 # A line that ends below HEP and near chance was not trained by so few steps at this rate, and says nothing about its method.
 #
 # ## Tuned at one budget, attacked at another
 #
-# The papers tune and test at one budget, on a tower that was made robust at the same. Here every pair is tried on one tower, at the rate of the
+# The papers tune and test at one budget. APT's code does so on a tower that was made robust at the same; for CAPT that is our reading, and FAP and CBA-FAPT
+# take an undefended tower.
+#
+# Here every pair is tried on one tower, at the rate of the
 # chapter's budget, with one tuning; so not even the diagonal is theirs.
 
 # %%
 budgets = sizes.budgets
-grids, lines = {"APT": {}, "CAPT": {}}, []
+grids, lines, answers = {"APT": {}, "CAPT": {}}, [], {}
 pairs = [(at_capt.pgd, ThreatModel(eps)) for eps in budgets]
 for eps in budgets:
     of_budget = at_capt.at(eps).tune([{"name": m, "label": f"{m}, ε {eps:g}"} for m in grids], [main])[main]
     asked = book.measure_each(run, of_budget, at_capt.scenario.tests["all"], pairs, seed=main)
     for m, defense in zip(grids, of_budget, strict=True):
         mine = [r for r in asked if r.method == defense.name]
+        answers |= {(m, eps, r.eps_255): r.records for r in mine if r.metric == "robust_acc"}
         grids[m] |= {(eps, r.eps_255): r.value for r in mine if r.metric == "robust_acc"}
         lines.append({"method": m, "tuned at": f"{eps:g}/255", "clean": 100 * next(r.value for r in mine if r.metric == "clean_acc")})
 whole = at_capt.scenario.tests["all"]
@@ -318,14 +331,15 @@ figs = [plots.ablation_grid(grid, rows="tuned\nat ε", columns=f"attacked at ε 
 book.show(figs, "budgets", alt="Two small heat tables of accuracy under attack, APT and CAPT, over the budget of tuning and the budget of the attack",
           caption=f"{at_capt.scenario.tests['all'].name}, {at_capt.pgd.label}, percent; budgets in 1/255, seed {main}, n = {len(at_capt.scenario.tests['all'])}.")  # fmt: skip
 middle = budgets[len(budgets) // 2]
-gain = {m: grid[middle, middle] - grid[budgets[0], middle] for m, grid in grids.items()}
 book.glue("middle", f"{middle:g}")
-for m, value in gain.items():
-    book.glue(f"gain-{m}", 100 * value)
+for m in grids:
+    book.glue(f"gain-{m}", book.told(evaluate.paired(*(answers[m, eps, middle] for eps in (middle, budgets[0])))))
 
 # %% [markdown]
 # Down a column only the tuning changes. Under attack at {glue:text}`middle`/255, tuning at it rather than at the smallest budget changes APT by
-# {glue:text}`gain-APT:+.0f` points and CAPT by {glue:text}`gain-CAPT:+.0f`. The tower below is the same in all rows, made
+# {glue:text}`gain-APT`, and CAPT by {glue:text}`gain-CAPT`.
+#
+# The tower below is the same in all rows, made
 # robust at one budget, and it bounds what prompts can add.
 #
 # Where a column is empty from top to bottom, nothing is left on this tower at that budget, and the column compares nothing. A row that also loses its
@@ -353,7 +367,10 @@ book.glue("other-attack", 100 * (sum(lost.values()) - sum(own)) / (len(lost) - l
 
 # %% [markdown]
 # On average the attack on a method itself takes {glue:text}`own-attack:.0f` points of its clean accuracy, an attack on a neighbor
-# {glue:text}`other-attack:.0f`. What carries over is about the tower that all share; the rest is about the text, the head or the prompts.
+# {glue:text}`other-attack:.0f`; the mean hides neighbors whose attack does nothing. What carries over may be about the tower that all share, and the rest
+# about the text, the head or the prompts; this grid cannot say.
+#
+# The diagonal differs a little from the tables above, because these attacks start elsewhere.
 #
 # Where a neighbor's attack did clearly *more* than a method's own, the own attack would be too weak or misled. The worst case over all rows is the
 # number to keep; chapter 5 takes it over several attacks.
@@ -381,7 +398,7 @@ exercises.check_paired_over_seeds(paired)
 # - Of the {glue:text}`n-all` changes in the first three tables {glue:text}`sure-all` change accuracy under attack measurably here. For the others these images and
 #   tunings cannot tell, which is not the same as no effect.
 # - Compare placements at equal parameters, and methods at rates of their own, before crediting an idea.
-# - A term whose share of the gradient is a thousandth cannot be tested by turning its details. Give it weight first.
+# - A term with next to no share of the gradient cannot be tested by turning its details. Give it weight first.
 #
 # On your own images: `robustvlm evaluate --data DIR --defense CAPT`, or any other name on this page that has a bundled file.
 

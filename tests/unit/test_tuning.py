@@ -137,7 +137,7 @@ def test_a_method_takes_the_factor_that_was_searched_for_it(clip, tmp_path, monk
     assert tuning.factor(toy_run(clip, tmp_path), "FAP") == 1.0, "a full training keeps the paper's rate"
 
 
-@pytest.mark.parametrize("chapter, name", [("05_capt", "tiny"), ("06_cba_fapt", "tiny"), ("06_cba_fapt", "small")])
+@pytest.mark.parametrize("chapter, name", [(c, p) for c in ("05_capt", "06_cba_fapt") for p in ("tiny", "small")])
 def test_every_method_of_a_searched_profile_has_its_trials(chapter, name):
     """The committed searches: the same grid and seeds for every method that a chapter tunes, and no end that still wins."""
     found, sizes = defenses.rate_search("nano", f"{chapter}-{name}"), profile(chapter, name)
