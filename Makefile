@@ -6,7 +6,7 @@ OUTPUTS :=
 .PHONY: setup sync test tiny book check slow links bench checkpoints prompts captioners gpu-jobs
 
 setup:        ## environment with the locked versions
-	python3 -m venv .venv && .venv/bin/pip install -q uv && .venv/bin/uv pip install -q --compile-bytecode -r requirements.lock -e .
+	python3 -m venv .venv && .venv/bin/pip install -q uv && .venv/bin/uv pip install -q --compile-bytecode --python .venv/bin/python -r requirements.lock -e .
 
 sync:         ## .ipynb from .py; OUTPUTS=executed.ipynb takes the outputs of tagged cells from there
 	$(PY) data_scripts/sync_notebooks.py $(if $(OUTPUTS),--outputs-from $(OUTPUTS))

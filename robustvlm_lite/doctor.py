@@ -15,7 +15,8 @@ from typing import Any
 
 PACKAGE = Path(__file__).resolve().parent
 NEEDED_GB = 2  # of free disk: a run's folder, the built book, caches
-REINSTALL = ".venv/bin/uv pip install -r requirements.lock -e ."
+REINSTALL = f"uv pip install --python {sys.executable} -r requirements.lock -e ."
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")  # one engine under three names
 
 
 class Problem(Exception):
@@ -173,7 +174,7 @@ def disk() -> str:
 
 def browser() -> str:
     """Chromium, which only the book's own tests open."""
-    path = shutil.which("chromium")
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
     if not path:
         raise Problem("no chromium: the book's browser tests are skipped; apt-get install -y chromium")
     return f"browser for the book's tests: {path}"

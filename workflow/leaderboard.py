@@ -19,9 +19,12 @@ KEY = ("profile", "backbone", "dataset", "attack", "eps_255", "metric", "n", "me
 
 
 def backbone(card: Mapping) -> str:
-    """What was defended: the model that was asked for, else that of the chapter's profile."""
-    asked = card["parameters"].get("model")
-    return asked or runtime.profile(card["chapter"], card["profile"]).model
+    """What was defended: the model that was asked for, else that of the chapter's profile; and the weights, where others were given."""
+    asked, weights = (card["parameters"].get(name, "") for name in ("model", "pretrained"))
+    if not asked:
+        sizes = runtime.profile(card["chapter"], card["profile"])
+        asked = getattr(sizes, "model", "") or sizes.captioner
+    return f"{asked}, {Path(weights).name}" if weights else asked
 
 
 def gather(cards: Mapping[str, dict]) -> dict:

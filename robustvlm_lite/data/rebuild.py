@@ -26,6 +26,7 @@ from .download import fetch
 
 HOST = "https://codeload.github.com"
 COLUMNS = ("split", "path", "mean")  # of a list, and not of a pack
+NEAR = "near_duplicates.csv"  # pairs of a training and a test image, which pre-training leaves out
 FAR = 4  # gray levels between two mean colors: not the same picture
 
 
@@ -68,7 +69,7 @@ FORMS = {
 def rebuild(name: str, root: str) -> Path:
     """Fetch the source of the pack `name` ("small/cifar10") and write ROOT/cifar10 as `data.load` reads it; returns that folder.
 
-    A pack that is there is left as it is; a call that was killed is gone on from. Raises UserError for what the download
+    Beside it comes the list of near duplicates over all packs. A pack that is there is left as it is; a call that was killed is gone on from. Raises UserError for what the download
     refuses, and for a source that lacks an image of the list or holds another picture under its path.
     """
     short = name.removeprefix("small/")
@@ -88,6 +89,7 @@ def rebuild(name: str, root: str) -> Path:
         made = archive.with_name("pack")
         shutil.rmtree(made, ignore_errors=True)  # of a call that was killed
         _write(made, short, rows, stored)
+        shutil.copyfile(asset("packs", NEAR), Path(root) / NEAR)
         os.replace(made, folder)
         shutil.rmtree(archive.parent)
     except OSError as error:

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from robustvlm_lite.doctor import BROWSERS
+
 ROOT = Path(__file__).resolve().parents[2]
 REQUIRED = os.environ.get("ROBUSTVLM_REQUIRE_BROWSER") == "1"
 INSTALL = "apt-get install -y chromium"
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")  # one engine under three names
 CHROMIUM_FLAGS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run "
     "--disable-background-networking --disable-component-update --disable-sync"

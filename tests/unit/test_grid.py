@@ -12,6 +12,7 @@ import yaml
 from jobs import OWN_MINUTES, read_jobs
 
 from robustvlm_lite import cli
+from robustvlm_lite.cards import committed, load_card, shelf
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = {"command": "run", "chapter": "01_clip", "profile": "tiny", "seed": [0, 1], "parameters": {"eps_255": [1.0, 2.0]}}
@@ -98,6 +99,20 @@ def card(*rows, model="nano", seed=0):
     provenance = {"code_sha256": "other code"}
     return {"chapter": "evaluate", "profile": "own", "seed": seed, "parameters": {"model": model}, "rows": list(rows),
             "provenance": provenance}  # fmt: skip
+
+
+def test_every_committed_card_has_a_line():
+    """Captioners have no CLIP; a grid over chapters ends in a leaderboard all the same."""
+    for name in committed():
+        board = leaderboard.gather({name: load_card(shelf() / name)})
+        assert board["rows"] == [] or all(line["backbone"] for line in board["rows"]), name
+
+
+def test_one_architecture_with_two_weights_is_two_backbones():
+    asked = {"a/x.pt": 0.2, "laion": 0.4}
+    cards = {w: card(row("A", v)) | {"parameters": {"model": "ViT-B-32", "pretrained": w}} for w, v in asked.items()}
+    found = {line["backbone"]: line["value"] for line in leaderboard.gather(cards)["rows"]}
+    assert found == {"ViT-B-32, x.pt": 0.2, "ViT-B-32, laion": 0.4}
 
 
 def test_seeds_are_averaged_and_the_best_comes_first():

@@ -2,6 +2,8 @@
 
 import io
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +15,7 @@ from small_sets import tar
 from robustvlm_lite import cli, data
 from robustvlm_lite.data import PACKS, rebuild
 from robustvlm_lite.data.subsets import labels_sha256, manifests
-from robustvlm_lite.runtime import UserError
+from robustvlm_lite.runtime import UserError, chapters
 
 COMMIT, SOURCE = "0123abcd", {"repository": "github.com/someone/pictures", "commit": "0123abcd"}
 COLORS = {"train": [(200, 10, 10), (10, 200, 10), (90, 90, 90)], "test": [(10, 10, 200), (200, 200, 10)]}
@@ -39,6 +41,8 @@ def source(site, monkeypatch, tmp_path):
     """A pack whose splits hold images of the same paths, as cifar10's do; `source.files` is what the repository holds."""
     monkeypatch.setattr(rebuild, "HOST", site.url)
     monkeypatch.setattr(rebuild, "asset", lambda *parts: tmp_path.joinpath("lists", *parts))
+    (tmp_path / "lists/packs").mkdir(parents=True)
+    (tmp_path / "lists/packs/near_duplicates.csv").write_text("held_out_pack\n")
     rows = [(split, f"a/{i}.jpg", i % 2, color) for split, colors in COLORS.items() for i, color in reversed([*enumerate(colors)])]
     for short in ("cifar10", "stl10"):
         written(tmp_path / "lists", short, rows)
@@ -60,7 +64,7 @@ def test_rows_come_in_the_order_of_the_list_each_from_its_own_split(source, site
     assert cli.main(["data", "prepare", "small/cifar10", "--root", str(root)]) == 0
     shown = capsys.readouterr().out
     assert f"{root / 'cifar10'}" in shown and "3 train, 2 test" in shown
-    assert sorted(p.name for p in root.iterdir()) == ["cifar10"], "nothing else is left"
+    assert sorted(p.name for p in root.iterdir()) == ["cifar10", "near_duplicates.csv"], "nothing else is left"
     for split, colors in COLORS.items():
         images = data.load("small/cifar10", split, data_root=str(root), size=8)
         assert images.ids == tuple(f"a/{i}.jpg" for i in reversed(range(len(colors))))
@@ -115,6 +119,18 @@ def test_images_are_reduced_and_compressed_as_the_pack_was(source, tmp_path):
     for stored in data.read_rows(folder, "train")[0]:
         with Image.open(io.BytesIO(stored)) as image:
             assert image.format == "JPEG" and image.size == (64, 80)
+
+
+def test_the_page_says_which_packs_a_chapter_reads():
+    """Its table against the profiles `small`."""
+    text = (Path(__file__).parents[2] / "book/data_licences.md").read_text(encoding="utf-8")
+    told = {}
+    for numbers, names in re.findall(r"^\| ([\d, ]+) \| (all eight|`.+`) \|$", text, flags=re.M):
+        packs = set(rebuild.FORMS) if names == "all eight" else set(re.findall(r"`(\w+)`", names))
+        told |= dict.fromkeys(numbers.split(", "), packs)
+    for chapter, entry in chapters().items():
+        read = set(re.findall(r"small/(\w+)", str(entry["profiles"].get("small", ""))))
+        assert told.get(chapter[:2], set()) == read, chapter
 
 
 # ---- the committed lists
