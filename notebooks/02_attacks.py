@@ -641,7 +641,7 @@ exercises.check_best_gain(best_gain)
 # %% [markdown]
 # **3 (open).** Beat cross-entropy at ten steps on the logits times 16. Write `my_objective(model, y)`, which returns a function from images to
 # one value each. Ideas: divide the logits by a temperature, sum the margins to several classes, or attack the features.
-# What would show that a gain is not luck?
+# What would show that a gain is not luck? (The solution's division by the spread changes no sign, so PGD steps as on the plain margin.)
 
 
 # %% tags=["hide-input"] jupyter={"source_hidden": true} cellView="form"
@@ -657,7 +657,7 @@ class Times(nn.Module):
 
 
 def my_objective(model, y):
-    """The margin, which no scale flattens. Dividing by the spread makes values comparable; PGD's signs do not see it."""
+    """Logits relative to their spread: the margin in units that no scale of the model can flatten."""
 
     def values(x_adv):
         z = model(x_adv).float()

@@ -36,9 +36,10 @@ def gather(cards: Mapping[str, dict]) -> dict:
     """
     found: dict[tuple, dict[int, dict[float, list[str]]]] = {}
     for name, card in cards.items():
+        defended = backbone(card)
         for row in card["rows"]:
             if row["metric"] in METRICS:
-                place = row | {"profile": card["profile"], "backbone": backbone(card)}
+                place = row | {"profile": card["profile"], "backbone": defended}
                 seeds = found.setdefault(tuple(place[k] for k in KEY), {})
                 seed = row.get("extra", {}).get("seed", card["seed"])
                 seeds.setdefault(seed, {}).setdefault(row["value"], []).append(name)

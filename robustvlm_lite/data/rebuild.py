@@ -69,8 +69,9 @@ FORMS = {
 def rebuild(name: str, root: str) -> Path:
     """Fetch the source of the pack `name` ("small/cifar10") and write ROOT/cifar10 as `data.load` reads it; returns that folder.
 
-    Beside it comes the list of near duplicates over all packs. A pack that is there is left as it is; a call that was killed is gone on from. Raises UserError for what the download
-    refuses, and for a source that lacks an image of the list or holds another picture under its path.
+    Beside it comes the list of near duplicates over all packs. A pack that is there is left as it is; a call that was killed is
+    gone on from. Raises UserError for what the download refuses, and for a source that lacks an image of the list or holds
+    another picture under its path.
     """
     short = name.removeprefix("small/")
     if short not in FORMS:

@@ -12,7 +12,7 @@ import yaml
 from jobs import OWN_MINUTES, read_jobs
 
 from robustvlm_lite import cli
-from robustvlm_lite.cards import committed, load_card, shelf
+from robustvlm_lite.cards import load_card, shelf
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = {"command": "run", "chapter": "01_clip", "profile": "tiny", "seed": [0, 1], "parameters": {"eps_255": [1.0, 2.0]}}
@@ -101,11 +101,12 @@ def card(*rows, model="nano", seed=0):
             "provenance": provenance}  # fmt: skip
 
 
-def test_every_committed_card_has_a_line():
+def test_every_committed_card_has_a_line(monkeypatch):
     """Captioners have no CLIP; a grid over chapters ends in a leaderboard all the same."""
-    for name in committed():
-        board = leaderboard.gather({name: load_card(shelf() / name)})
-        assert board["rows"] == [] or all(line["backbone"] for line in board["rows"]), name
+    monkeypatch.setattr(leaderboard, "is_stale", lambda _: False)  # which takes its time
+    for path in sorted(shelf().glob("*/card.json")):
+        board = leaderboard.gather({path.parent.name: load_card(path.parent)})
+        assert all(line["backbone"] for line in board["rows"]), path
 
 
 def test_one_architecture_with_two_weights_is_two_backbones():
