@@ -16,7 +16,7 @@
 # [source](https://github.com/robustvlm-lite/robustvlm_lite/blob/main/notebooks/07_a_tpt.py) ·
 # [paper](https://arxiv.org/abs/2605.19956) ·
 # [result card](https://github.com/robustvlm-lite/robustvlm_lite/tree/main/book/cards) ·
-# CPU: 4 minutes (tiny) · GPU: days (paper)
+# CPU: 3 minutes (tiny) · GPU: days (paper)
 
 # %% [markdown]
 # ## At a glance
