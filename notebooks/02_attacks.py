@@ -641,7 +641,9 @@ exercises.check_best_gain(best_gain)
 # %% [markdown]
 # **3 (open).** Beat cross-entropy at ten steps on the logits times 16. Write `my_objective(model, y)`, which returns a function from images to
 # one value each. Ideas: divide the logits by a temperature, sum the margins to several classes, or attack the features.
-# What would show that a gain is not luck? (The solution's division by the spread changes no sign, so PGD steps as on the plain margin.)
+# What would show that a gain is not luck?
+#
+# (The solution's division by the spread changes no sign, so PGD steps as on the plain margin.)
 
 
 # %% tags=["hide-input"] jupyter={"source_hidden": true} cellView="form"
