@@ -15,7 +15,7 @@ from typing import Any
 
 PACKAGE = Path(__file__).resolve().parent
 NEEDED_GB = 2  # of free disk: a run's folder, the built book, caches
-REINSTALL = f"uv pip install --python {sys.executable} -r requirements.lock -e ."
+REINSTALL = f"{Path(sys.executable).parent / 'uv'} pip install --python {sys.executable} -r requirements.lock -e ."
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")  # one engine under three names
 
 

@@ -24,7 +24,7 @@ def backbone(card: Mapping) -> str:
     if not asked:
         sizes = runtime.profile(card["chapter"], card["profile"])
         asked = getattr(sizes, "model", "") or sizes.captioner
-    return f"{asked}, {Path(weights).name}" if weights else asked
+    return f"{asked}, {weights}" if weights else asked
 
 
 def gather(cards: Mapping[str, dict]) -> dict:

@@ -231,7 +231,7 @@ def test_doctor_names_a_torch_without_its_torchvision(monkeypatch):
 
     monkeypatch.setattr(doctor.importlib, "import_module", broken)
     passed, line = doctor.outcome(doctor.torch_pair)
-    assert not passed and "nms does not exist" in line and "uninstall both, then uv pip install --python" in line
+    assert not passed and "nms does not exist" in line and f"uv pip install --python {sys.executable} -r requirements.lock" in line
 
 
 def test_doctor_names_python_packages_and_disk(monkeypatch):
